@@ -1,0 +1,116 @@
+# SPDX-License-Identifier: Apache-2.0
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from tests.model import oracle
+from tritera_jax.generate import engine
+from tritera_jax.model import decoder, quantized
+from tritera_jax.model.config import ModelConfig
+
+TINY = ModelConfig(
+  family='ternary',
+  vocab_size=100,
+  layers=2,
+  d_model=24,
+  d_ff=36,
+  heads=4,
+  kv_heads=4,
+  head_dim=6,
+  context_length=16,
+  init_std=0.2,
+)
+VARIANTS = {
+  'ternary': TINY,
+  'float': dataclasses.replace(TINY, family='float'),
+  'binary': dataclasses.replace(TINY, family='binary', scale_blocks=2),
+  'grouped': dataclasses.replace(TINY, kv_heads=2, scale_blocks=3),
+  'qk_norm': dataclasses.replace(TINY, qk_norm=True, scale_blocks=6),
+  'wide_heads': dataclasses.replace(TINY, head_dim=10, rope_theta=500.0),
+}
+
+
+def parameters(config, seed=0):
+  """Initial parameters with gains that are not all one."""
+  params = decoder.init(config, jax.random.key(seed))
+  rng = np.random.default_rng(seed)
+  return jax.tree_util.tree_map_with_path(
+    lambda path, leaf: (
+      leaf + 0.3 * rng.standard_normal(leaf.shape).astype(np.float32)
+      if path[-1].key == 'scale'
+      else leaf
+    ),
+    params,
+  )
+
+
+@pytest.mark.parametrize('name', VARIANTS)
+def test_logits_are_those_of_the_numpy_decoder(name):
+  config = VARIANTS[name]
+  params = parameters(config)
+  tokens = np.random.default_rng(1).integers(0, config.vocab_size, (2, 11))
+  logits, cache = decoder.bind(config, params)(jnp.asarray(tokens, jnp.int32))
+  assert cache is None
+  for row in range(2):
+    want = oracle.decoder(config, params, tokens[row])
+    np.testing.assert_allclose(
+      logits[row], want, atol=2e-5 * np.abs(want).max()
+    )
+
+
+@pytest.mark.parametrize('name', ['ternary', 'grouped', 'qk_norm'])
+def test_cached_logits_are_the_uncached_ones(name):
+  config = VARIANTS[name]
+  model = decoder.bind(config, parameters(config))
+  tokens = jax.random.randint(jax.random.key(1), (2, 12), 0, 100)
+  want, _ = model(tokens)
+  # Slots hold rubbish at first: nothing may look at them.
+  cache = jax.tree.map(
+    lambda a: jnp.full_like(a, 1e4), engine.empty_cache(model, 2, 14)
+  )
+  got = []
+  for start, stop in ((0, 5), (5, 6), (6, 9), (9, 12)):
+    positions = jnp.broadcast_to(jnp.arange(start, stop), (2, stop - start))
+    logits, cache = model(tokens[:, start:stop], positions, cache)
+    got.append(logits)
+  np.testing.assert_allclose(
+    jnp.concatenate(got, 1), want, atol=1e-5 * float(jnp.abs(want).max())
+  )
+
+
+@pytest.mark.parametrize('name', ['ternary', 'binary', 'grouped', 'float'])
+def test_the_effective_float_model_computes_the_same(name):
+  config = VARIANTS[name]
+  params = parameters(config)
+  tokens = jax.random.randint(jax.random.key(1), (2, 12), 0, 100)
+  want, _ = decoder.bind(config, params)(tokens)
+  effective = quantized.effective_params(config, params)
+  twin = dataclasses.replace(config, family='float')
+  got, _ = decoder.bind(twin, effective)(tokens)
+  np.testing.assert_allclose(
+    got, want, atol=1e-5 * float(jnp.abs(want).max())
+  )
+
+
+def test_bfloat16_compute_keeps_float32_latents_and_logits():
+  config = dataclasses.replace(TINY, dtype='bfloat16')
+  params = parameters(config)
+  assert {leaf.dtype for leaf in jax.tree.leaves(params)} == {jnp.dtype('f4')}
+  tokens = jnp.arange(12, dtype=jnp.int32)[None]
+  logits, _ = decoder.bind(config, params)(tokens)
+  assert logits.dtype == jnp.float32
+  want = oracle.decoder(config, params, np.arange(12))
+  # Eight bits of mantissa through two blocks.
+  np.testing.assert_allclose(logits[0], want, atol=0.1 * np.abs(want).max())
+
+
+def test_initial_parameters_follow_the_key_alone():
+  a, b = (decoder.init(TINY, jax.random.key(3)) for _ in range(2))
+  jax.tree.map(np.testing.assert_array_equal, a, b)
+  c = decoder.init(TINY, jax.random.key(4))
+  assert (a['head']['kernel'] != c['head']['kernel']).any()
+  q = a['layers']['attention']['q']['kernel']
+  assert (q[0] != q[1]).any()  # layers differ

@@ -1,0 +1,221 @@
+# SPDX-License-Identifier: Apache-2.0
+"""`tritera <verb>`: parses, calls the library, prints. No logic lives here.
+
+The library is imported verb by verb, so that --help is quick.
+"""
+
+import difflib
+import functools
+from pathlib import Path
+import sys
+from typing import Annotated
+
+import tqdm
+import tyro
+
+Positional = tyro.conf.Positional
+
+
+def _prepare(args: list[str]):
+  from tritera_jax.data import prepare
+
+  print(tyro.cli(prepare.prepare, args=args, prog='tritera prepare'))
+
+
+def _resolve(verb: str, args: list[str]):
+  """The experiment that `args` name, with its overrides."""
+  from tritera_jax import experiment
+
+  usage = f'usage: tritera {verb} EXPERIMENT.py[:NAME] [--section.field VALUE]'
+  if not args or args[0] in ('-h', '--help'):
+    print(f'{usage}\n  EXPERIMENT.py --help lists every field')
+    raise SystemExit(0 if args else 2)
+  return tyro.cli(
+    experiment.Experiment,
+    default=experiment.load(args[0]),
+    args=args[1:],
+    prog=f'tritera {verb} {args[0]}',
+    config=(tyro.conf.AvoidSubcommands,),
+  )
+
+
+def _train(args: list[str]):
+  from tritera_jax.train import loop, metrics
+
+  experiment = _resolve('train', args)
+  loop.train(experiment)
+  print(f'loss curve: {metrics.plot(experiment.run.folder)}')
+
+
+def _show(args: list[str]):
+  from tritera_jax import show
+
+  print(show.describe(_resolve('show', args)))
+
+
+def _eval(args: list[str]):
+  def evaluate(
+    path: Positional[Path],
+    data: Path | None = None,
+    split: str = 'validation',
+    sequence_length: int | None = None,
+    stride: int | None = None,
+    batch_size: int = 16,
+    activations: str | None = None,
+    baselines: bool = False,
+  ):
+    """Loss of a run or a packed model on a split of a dataset folder.
+
+    Args:
+      path: run folder or packed folder.
+      data: dataset folder; default: the one that the run was trained on.
+      split: of the dataset.
+      sequence_length: tokens a window; default: the model's context.
+      stride: tokens scored a window; default: half a window.
+      batch_size: windows at once.
+      activations: of a packed model: float or int8; default: its record's.
+      baselines: also gzip, xz and a unigram model on the same text.
+    """
+    from tritera_jax.checkpoint import save
+    from tritera_jax.data import shards
+    from tritera_jax.eval import baselines as baselines_lib
+    from tritera_jax.eval import perplexity
+    from tritera_jax.generate import load
+
+    folder = data or save.read_experiment(path).data.path
+    source = shards.open_split(folder, split)
+    loaded = load.load(path, activations=activations)
+    result = perplexity.held_out_loss(
+      loaded.model,
+      source,
+      sequence_length=sequence_length or loaded.model.config.context_length,
+      stride=stride,
+      batch_size=batch_size,
+      progress=functools.partial(tqdm.tqdm, unit='batch', leave=False),
+    )
+    print(
+      f'{result.nats_per_token:.4f} nats/token, '
+      f'{result.bits_per_byte:.4f} bits/byte '
+      f'({result.tokens:,} tokens, {result.bytes:,} bytes)'
+    )
+    if baselines:
+      for name, bits in baselines_lib.all_baselines(folder, split).items():
+        print(f'{name}: {bits:.4f} bits/byte')
+
+  tyro.cli(evaluate, args=args, prog='tritera eval')
+
+
+def _pack(args: list[str]):
+  from tritera_jax.checkpoint import pack
+
+  def run(
+    run: Positional[Path],
+    format: str = 'two_bit',
+    step: int | None = None,
+    activations: str = 'float',
+  ):
+    """Packs a run's ternary weights into RUN/packed/FORMAT.
+
+    Args:
+      run: run folder.
+      format: two_bit or base_three.
+      step: which checkpoint; default: the newest.
+      activations: what the packed model is to be run with: float or int8.
+    """
+    report = pack.pack(run, format, step=step, activations=activations)
+    print(
+      f'{report.folder}: {report.bits_per_weight:.3f} bits/weight, '
+      f'{report.file_bytes:,} bytes, {report.fingerprint}'
+    )
+
+  tyro.cli(run, args=args, prog='tritera pack')
+
+
+def _generate(args: list[str]):
+  def generate(
+    path: Positional[Path],
+    prompt: str,
+    new_tokens: int = 64,
+    temperature: float = 0.0,
+    top_k: int = 0,
+    top_p: float = 1.0,
+    seed: int = 0,
+    activations: str | None = None,
+  ):
+    """Continues a prompt.
+
+    Args:
+      path: run folder or packed folder.
+      prompt: text to continue.
+      new_tokens: most tokens to add.
+      temperature: 0 takes the most likely token.
+      top_k: sample from the k most likely tokens; 0 from all.
+      top_p: sample from the most likely tokens of total probability p.
+      seed: of sampling.
+      activations: of a packed model: float or int8; default: its record's.
+    """
+    from tritera_jax.generate import load
+    from tritera_jax.generate.sampling import Sampling
+
+    loaded = load.load(path, activations=activations)
+    text = load.complete(
+      loaded,
+      prompt,
+      new_tokens=new_tokens,
+      sampling=Sampling(temperature, top_k, top_p),
+      seed=seed,
+    )
+    print(prompt + text)
+
+  tyro.cli(generate, args=args, prog='tritera generate')
+
+
+def _doctor(args: list[str]):
+  def doctor():
+    """Proves the kernels that this machine would use on golden vectors."""
+    from tritera_kernels import doctor
+
+    text, healthy = doctor.report()
+    print(text)
+    if not healthy:
+      raise SystemExit(1)
+
+  tyro.cli(doctor, args=args, prog='tritera doctor')
+
+
+VERBS = {
+  'prepare': (_prepare, 'text to a tokenizer and token shards'),
+  'train': (_train, 'train an experiment; again: resume it'),
+  'eval': (_eval, 'loss on held-out text'),
+  'pack': (_pack, 'ternary weights to 2 or 1.6 bits'),
+  'generate': (_generate, 'continue a prompt'),
+  'show': (_show, "an experiment's size and cost, without running it"),
+  'doctor': (_doctor, 'check the kernels on this machine'),
+}
+
+
+def _usage() -> str:
+  width = max(map(len, VERBS))
+  lines = [f'  {name:<{width}}  {about}' for name, (_, about) in VERBS.items()]
+  return '\n'.join(
+    ['usage: tritera VERB ...', '', *lines, '', 'VERB --help tells more']
+  )
+
+
+def main(argv: list[str] | None = None) -> int:
+  """Runs one verb; the exit code: 0 done, 1 refused, 2 misused."""
+  verb, *args = (sys.argv[1:] if argv is None else argv) or ['--help']
+  if verb in ('-h', '--help'):
+    print(_usage())
+    return 0
+  if verb not in VERBS:
+    near = difflib.get_close_matches(verb, VERBS, n=1)
+    hint = f'; did you mean {near[0]}?' if near else ''
+    print(f'tritera: no verb {verb!r}{hint}\n\n{_usage()}', file=sys.stderr)
+    return 2
+  try:
+    VERBS[verb][0](args)
+  except (ValueError, OSError, FloatingPointError) as error:
+    print(f'tritera {verb}: {error}', file=sys.stderr)
+    return 1
+  return 0

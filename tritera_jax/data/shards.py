@@ -1,0 +1,262 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Token shards: TensorStore arrays under a manifest.
+
+A dataset is a folder or bucket prefix:
+
+  manifest.json                  written last: without it, unfinished
+  tokenizer.json
+  <split>/<00000>.tokens.zarr3   uint16 or uint32 [tokens]
+  <split>/<00000>.ends.zarr3     uint64 [documents], exclusive end offsets
+
+Every document ends with the tokenizer's end-of-text token, which its end
+offset includes.
+"""
+
+import dataclasses
+import hashlib
+import json
+from pathlib import Path
+from typing import Any
+
+from jaxtyping import Integer
+import numpy as np
+import pydantic
+import tensorstore as ts
+
+KIND, VERSION = 'tritera-tokens', 1
+_CHUNK = 2**18  # tokens: 512 KiB of uint16, the unit of reading and caching
+_CACHE_BYTES = 2**28
+
+
+@dataclasses.dataclass(frozen=True)
+class Shard:
+  """One pair of arrays. `path` is relative to the dataset, without ending.
+
+  Attributes:
+    path: such as 'train/00000'.
+    tokens: length of the token array.
+    documents: length of the ends array.
+    bytes: UTF-8 bytes of the documents, without the document ends.
+    sha256: of the tokens as little-endian integers.
+  """
+
+  path: str
+  tokens: int
+  documents: int
+  bytes: int
+  sha256: str
+
+
+@dataclasses.dataclass(frozen=True)
+class Manifest:
+  """What a dataset holds, and how it came to be.
+
+  Attributes:
+    tokenizer: fingerprint of tokenizer.json.
+    vocab_size: every id is below it.
+    end_of_text: id of the token that ends a document.
+    dtype: of the token arrays.
+    splits: shards of each split, in order.
+    recipe: arguments that made it, to tell a finished dataset from another.
+    kind, version: of this format.
+  """
+
+  tokenizer: str
+  vocab_size: int
+  end_of_text: int
+  dtype: str
+  splits: dict[str, list[Shard]]
+  recipe: dict[str, Any]
+  kind: str = KIND
+  version: int = VERSION
+
+
+def _spec(root: str | Path, path: str) -> dict:
+  """TensorStore's zarr3 spec; `root` is a folder or a gs:// or s3:// URL."""
+  root = str(root)
+  if '://' not in root:
+    root = 'file://' + str(Path(root).resolve())
+  return {'driver': 'zarr3', 'kvstore': f'{root.rstrip("/")}/{path}/'}
+
+
+def token_dtype(vocab_size: int) -> str:
+  """The smallest of uint16 and uint32 that holds every id."""
+  return 'uint16' if vocab_size <= 2**16 else 'uint32'
+
+
+def _write_array(root, path: str, array: np.ndarray):
+  ts.open(
+    _spec(root, path),
+    create=True,
+    delete_existing=True,
+    dtype=array.dtype.name,
+    shape=array.shape,
+    chunk_layout=ts.ChunkLayout(chunk_shape=[min(_CHUNK, max(1, array.size))]),
+  ).result().write(array).result()
+
+
+def write_shard(
+  root: str | Path,
+  path: str,
+  tokens: Integer[np.ndarray, ' tokens'],
+  ends: Integer[np.ndarray, ' documents'],
+  text_bytes: int,
+) -> Shard:
+  """Writes one shard's two arrays and returns its manifest entry."""
+  _write_array(root, f'{path}.tokens.zarr3', tokens)
+  _write_array(root, f'{path}.ends.zarr3', ends.astype(np.uint64))
+  digest = hashlib.sha256(tokens.astype(tokens.dtype.newbyteorder('<')))
+  return Shard(path, tokens.size, ends.size, text_bytes, digest.hexdigest())
+
+
+def write_manifest(root: Path, manifest: Manifest):
+  """Declares a dataset finished."""
+  partial = root / 'manifest.json.partial'
+  partial.write_text(json.dumps(dataclasses.asdict(manifest), indent=2) + '\n')
+  partial.rename(root / 'manifest.json')
+
+
+def read_manifest(root: str | Path) -> Manifest:
+  """Reads and checks a dataset's manifest.
+
+  Raises:
+    FileNotFoundError: no manifest: not a dataset, or an unfinished one.
+    ValueError: a field is missing, unknown, of a wrong type or value.
+  """
+  file = Path(root) / 'manifest.json'
+  if not file.is_file():
+    raise FileNotFoundError(
+      f'{root} has no manifest.json: not a dataset, or one whose `tritera '
+      'prepare` did not finish; run that again'
+    )
+  try:
+    manifest = pydantic.TypeAdapter(Manifest).validate_json(
+      file.read_bytes(), strict=True, extra='forbid'
+    )
+  except pydantic.ValidationError as error:
+    problems = '; '.join(
+      f'{".".join(map(str, e["loc"]))}: {e["msg"]}' for e in error.errors()
+    )
+    raise ValueError(f'{file}: {problems}') from None
+  for field, wanted in (
+    ('kind', KIND),
+    ('version', VERSION),
+    ('dtype', token_dtype(manifest.vocab_size)),
+  ):
+    if getattr(manifest, field) != wanted:
+      raise ValueError(
+        f'{file}: {field} is {getattr(manifest, field)!r}, wanted {wanted!r}'
+      )
+  for split, shards in manifest.splits.items():
+    for shard in shards:
+      if '..' in Path(shard.path).parts or shard.path.startswith('/'):
+        raise ValueError(f'{file}: {split}: path {shard.path!r} leaves the '
+                         'dataset')  # fmt: skip
+      if min(shard.tokens, shard.documents, shard.bytes) < 0:
+        raise ValueError(f'{file}: {shard.path}: a count is negative')
+  return manifest
+
+
+class TokenSource:
+  """The tokens of a split, its shards end to end.
+
+  Attributes:
+    manifest: of the dataset.
+    tokens, documents, bytes: of the split, as `Shard` counts them.
+  """
+
+  def __init__(self, root: str | Path, manifest: Manifest, split: str):
+    shards = manifest.splits[split]
+    self.root, self.manifest, self.shards = root, manifest, shards
+    self.tokens = sum(shard.tokens for shard in shards)
+    self.documents = sum(shard.documents for shard in shards)
+    self.bytes = sum(shard.bytes for shard in shards)
+    self._starts = np.cumsum([0] + [shard.tokens for shard in shards])
+    context = ts.Context(
+      {'cache_pool': {'total_bytes_limit': _CACHE_BYTES}}
+    )
+    self._arrays = [self._open(shard, context) for shard in shards]
+
+  def _open(self, shard: Shard, context: ts.Context) -> ts.TensorStore:
+    where = f'{self.root}/{shard.path}.tokens.zarr3'
+    try:
+      # A token array never changes: a cached chunk need not be asked again.
+      array = ts.open(
+        _spec(self.root, f'{shard.path}.tokens.zarr3'),
+        open=True,
+        read=True,
+        context=context,
+        recheck_cached_data=False,
+        recheck_cached_metadata=False,
+      ).result()
+    except ValueError as error:
+      raise ValueError(f'{where} cannot be opened: {error}') from None
+    found = (array.dtype.name, array.shape)
+    wanted = (self.manifest.dtype, (shard.tokens,))
+    if found != wanted:
+      raise ValueError(
+        f'{where} is {found[0]}{list(found[1])}, the manifest says '
+        f'{wanted[0]}{list(wanted[1])}; the dataset is damaged: prepare again'
+      )
+    return array
+
+  @property
+  def vocab_size(self) -> int:
+    return self.manifest.vocab_size
+
+  def read(self, start: int, stop: int) -> Integer[np.ndarray, ' n']:
+    """Tokens start..stop-1 of the split, in the shards' dtype.
+
+    Raises:
+      IndexError: the range leaves the split.
+    """
+    if not 0 <= start <= stop <= self.tokens:
+      raise IndexError(
+        f'tokens {start}..{stop} of a split of {self.tokens} tokens'
+      )
+    first = int(np.searchsorted(self._starts, start, 'right')) - 1
+    parts = []
+    for array, begin in zip(
+      self._arrays[first:], self._starts[first:], strict=False
+    ):
+      if begin >= stop:
+        break
+      low, high = max(start - begin, 0), min(stop - begin, array.shape[0])
+      parts.append(array[int(low) : int(high)].read())
+    parts = [part.result() for part in parts]
+    return np.concatenate(parts) if parts else np.zeros(0, np.uint16)
+
+  def verify(self):
+    """Reads every token against the digests and the vocabulary.
+
+    Raises:
+      ValueError: a shard differs from its manifest entry.
+    """
+    for shard, start in zip(self.shards, self._starts, strict=False):
+      tokens = self.read(int(start), int(start) + shard.tokens)
+      if tokens.size and int(tokens.max()) >= self.vocab_size:
+        raise ValueError(
+          f'{self.root}/{shard.path} has id {tokens.max()}, past the '
+          f'vocabulary of {self.vocab_size}'
+        )
+      little = tokens.astype(tokens.dtype.newbyteorder('<'))
+      if hashlib.sha256(little).hexdigest() != shard.sha256:
+        raise ValueError(
+          f'{self.root}/{shard.path} does not match its digest; the dataset '
+          'is damaged: prepare again'
+        )
+
+
+def open_split(root: str | Path, split: str) -> TokenSource:
+  """Opens a split of a dataset.
+
+  Raises:
+    FileNotFoundError: not a finished dataset.
+    ValueError: no such split, or manifest and arrays disagree.
+  """
+  manifest = read_manifest(root)
+  if split not in manifest.splits:
+    raise ValueError(
+      f'{root} has no split {split!r}; it has {sorted(manifest.splits)}'
+    )
+  return TokenSource(root, manifest, split)

@@ -1,0 +1,95 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Byte-level BPE: training one, loading one, telling two apart."""
+
+from collections.abc import Iterable
+import hashlib
+import json
+from pathlib import Path
+
+import tokenizers
+from tokenizers import decoders, models, pre_tokenizers, trainers
+
+END_OF_TEXT = '<|endoftext|>'
+
+# Where a token may not cross: a line end with the indentation that follows it
+# is one piece, so that code's most frequent string is one token.
+_PIECES = (
+  r'\s*\n[ \t]*'
+  r'| ?[\p{L}_]+'
+  r'| ?\p{N}{1,3}'
+  r'| ?[^\s\p{L}_\p{N}]+'
+  r'|\s+'
+)
+
+
+def train_tokenizer(
+  texts: Iterable[str], vocab_size: int
+) -> tokenizers.Tokenizer:
+  """A byte-level BPE tokenizer; END_OF_TEXT is id 0, bytes follow.
+
+  Any string encodes and decodes without loss. The same texts in the same
+  order give the same tokenizer. Short texts give fewer than `vocab_size`
+  tokens.
+
+  Raises:
+    ValueError: vocab_size does not hold the 256 bytes and END_OF_TEXT.
+  """
+  if vocab_size < 257:
+    raise ValueError(
+      f'vocab_size={vocab_size} must be at least 257: the bytes and '
+      f'{END_OF_TEXT}'
+    )
+  tokenizer = tokenizers.Tokenizer(models.BPE())
+  tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
+    [
+      pre_tokenizers.Split(tokenizers.Regex(_PIECES), 'isolated'),
+      pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False),
+    ]
+  )
+  tokenizer.decoder = decoders.ByteLevel()
+  tokenizer.train_from_iterator(
+    texts,
+    trainers.BpeTrainer(
+      vocab_size=vocab_size,
+      special_tokens=[END_OF_TEXT],
+      initial_alphabet=sorted(pre_tokenizers.ByteLevel.alphabet()),
+      show_progress=False,
+    ),
+  )
+  return tokenizer
+
+
+def load_tokenizer(path: str | Path) -> tokenizers.Tokenizer:
+  """Reads a Hugging Face tokenizer.json.
+
+  Raises:
+    FileNotFoundError: there is no such file.
+    ValueError: it is not a tokenizer.
+  """
+  path = Path(path)
+  if not path.is_file():
+    raise FileNotFoundError(f'no tokenizer at {path}')
+  try:
+    return tokenizers.Tokenizer.from_str(path.read_text('utf-8'))
+  except Exception as error:  # the library raises bare Exception
+    raise ValueError(f'{path} is not a tokenizer.json: {error}') from None
+
+
+def fingerprint(tokenizer: tokenizers.Tokenizer) -> str:
+  """SHA-256 of the tokenizer's JSON, whitespace and key order apart."""
+  canonical = json.dumps(json.loads(tokenizer.to_str()), sort_keys=True)
+  return hashlib.sha256(canonical.encode()).hexdigest()
+
+
+def end_of_text_id(tokenizer: tokenizers.Tokenizer) -> int:
+  """The id that ends a document.
+
+  Raises:
+    ValueError: the tokenizer has no END_OF_TEXT.
+  """
+  token = tokenizer.token_to_id(END_OF_TEXT)
+  if token is None:
+    raise ValueError(
+      f'the tokenizer has no {END_OF_TEXT} token; add it as a special token'
+    )
+  return token

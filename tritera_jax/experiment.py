@@ -1,0 +1,186 @@
+# SPDX-License-Identifier: Apache-2.0
+"""An experiment: model, data, optimizer and run, as frozen dataclasses.
+
+An experiment file is Python with `experiment()`, or `sweep()` that maps names
+to experiments. The command line changes numbers; a file changes classes. The
+resolved experiment is written as JSON beside every checkpoint.
+"""
+
+import dataclasses
+import difflib
+import importlib.util
+import json
+from pathlib import Path
+import types
+
+import pydantic
+
+from tritera_jax.model.config import ModelConfig
+from tritera_jax.parallel.mesh import MeshConfig
+from tritera_jax.ternary.schedule import Schedule
+
+
+@dataclasses.dataclass(frozen=True)
+class DataConfig:
+  """Where tokens come from and how batches are cut.
+
+  Attributes:
+    path: dataset folder made by `tritera prepare`, or a bucket URL.
+    batch_size: sequences a step, over all hosts, B.
+    sequence_length: tokens a sequence, T.
+    seed: of the order of windows.
+  """
+
+  path: str
+  batch_size: int
+  sequence_length: int
+  seed: int = 0
+
+  def __post_init__(self):
+    for field in ('batch_size', 'sequence_length'):
+      if getattr(self, field) < 1:
+        raise ValueError(f'data.{field}={getattr(self, field)} must be >= 1')
+
+
+@dataclasses.dataclass(frozen=True)
+class OptimizerConfig:
+  """AdamW under a schedule; betas are the paper's (Spectra A.3).
+
+  Attributes:
+    schedule: learning rate and weight decay by step.
+    beta1: decay of the first moment.
+    beta2: decay of the second moment.
+    epsilon: added to the root of the second moment.
+    clip_norm: largest global gradient norm.
+  """
+
+  schedule: Schedule
+  beta1: float = 0.9
+  beta2: float = 0.95
+  epsilon: float = 1e-8
+  clip_norm: float = 1.0
+
+  def __post_init__(self):
+    if not self.clip_norm > 0:
+      raise ValueError(f'optimizer.clip_norm={self.clip_norm} must be > 0')
+
+
+@dataclasses.dataclass(frozen=True)
+class RunConfig:
+  """How long, how often, and where.
+
+  Attributes:
+    folder: run folder: experiment.json, checkpoints/, metrics.jsonl, ...
+    steps: updates in all.
+    seed: of the initial parameters.
+    log_every: steps between lines of metrics.
+    telemetry_every: steps between ternary statistics.
+    evaluate_every: steps between losses on held-out text; 0 is never.
+    evaluate_tokens: tokens of held-out text, from its start, for those.
+    save_every: steps between checkpoints; the last step is always saved.
+    keep: checkpoints kept, newest first.
+  """
+
+  folder: str
+  steps: int
+  seed: int = 0
+  log_every: int = 10
+  telemetry_every: int = 100
+  evaluate_every: int = 0
+  evaluate_tokens: int = 65_536
+  save_every: int = 1000
+  keep: int = 2
+
+  def __post_init__(self):
+    for field in ('steps', 'log_every', 'telemetry_every', 'save_every',
+                  'keep'):  # fmt: skip
+      if getattr(self, field) < 1:
+        raise ValueError(f'run.{field}={getattr(self, field)} must be >= 1')
+
+
+@dataclasses.dataclass(frozen=True)
+class Experiment:
+  """All that a run depends on but code, versions and machine."""
+
+  model: ModelConfig
+  data: DataConfig
+  optimizer: OptimizerConfig
+  run: RunConfig
+  mesh: MeshConfig = MeshConfig()
+
+  def __post_init__(self):
+    if self.data.sequence_length > self.model.context_length:
+      raise ValueError(
+        f'data.sequence_length={self.data.sequence_length} exceeds '
+        f'model.context_length={self.model.context_length}; raise the latter '
+        'or shorten the sequences'
+      )
+
+  @property
+  def batch_tokens(self) -> int:
+    """Training tokens a step."""
+    return self.data.batch_size * self.data.sequence_length
+
+  @property
+  def tokens(self) -> int:
+    """Training tokens of the whole run."""
+    return self.run.steps * self.batch_tokens
+
+
+_ADAPTER = pydantic.TypeAdapter(Experiment)
+
+
+def to_json(experiment: Experiment) -> str:
+  """The experiment as JSON, every field written out."""
+  return json.dumps(dataclasses.asdict(experiment), indent=2)
+
+
+def from_json(text: str, source: str = 'experiment.json') -> Experiment:
+  """The experiment that `to_json` wrote.
+
+  Raises:
+    ValueError: not JSON, or a field is missing, unknown or of a wrong type:
+      each by its dotted name.
+  """
+  try:
+    return _ADAPTER.validate_json(text, strict=True, extra='forbid')
+  except pydantic.ValidationError as error:
+    problems = '; '.join(
+      f'{".".join(map(str, e["loc"]))}: {e["msg"]}' for e in error.errors()
+    )
+    raise ValueError(f'{source}: {problems}') from None
+
+
+def load(path: str) -> Experiment:
+  """The experiment of a Python file, or `file.py:name` of its sweep.
+
+  Raises:
+    FileNotFoundError: there is no such file.
+    ValueError: the file defines neither, or its sweep has no such name.
+  """
+  file, _, name = path.partition('.py:')
+  file = Path(file if not name else file + '.py')
+  if not file.is_file():
+    raise FileNotFoundError(f'no experiment file {file}')
+  module = _load_module(file)
+  if hasattr(module, 'sweep'):
+    sweep = module.sweep()
+    if name in sweep:
+      return sweep[name]
+    near = difflib.get_close_matches(name, sweep, n=3) or sorted(sweep)
+    raise ValueError(
+      f'{file} is a sweep{f" without {name!r}" if name else ""}; name one of '
+      f'its experiments: {file}:{near[0]}, ... ({", ".join(near)})'
+    )
+  if not hasattr(module, 'experiment'):
+    raise ValueError(f'{file} defines neither experiment() nor sweep()')
+  if name:
+    raise ValueError(f'{file} is one experiment, not a sweep; drop :{name}')
+  return module.experiment()
+
+
+def _load_module(file: Path) -> types.ModuleType:
+  spec = importlib.util.spec_from_file_location(file.stem, file)
+  module = importlib.util.module_from_spec(spec)
+  spec.loader.exec_module(module)
+  return module

@@ -1,0 +1,158 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The decoder-only transformer of Spectra (arXiv 2407.12327, Table 3).
+
+Parameters are a plain nested dict of float32 arrays; a block's leaves carry
+a leading layer axis, over which the forward pass scans:
+
+  {'embed': {'embedding'}, 'layers': {'attention': {'q': {'kernel'}, ...},
+   'mlp': ..., ...}, 'norm': {'scale'}, 'head': {'kernel'}}
+
+Shapes: B batch, T tokens, D width, V padded vocabulary, L layers.
+"""
+
+import functools
+
+from flax import nnx
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float, Float32, Int32, PRNGKeyArray, PyTree
+
+from tritera_jax.model import layers
+from tritera_jax.model.attention import Attention, KVCache
+from tritera_jax.model.config import ModelConfig
+from tritera_jax.model.mlp import MLP
+from tritera_jax.parallel import rules
+from tritera_jax.ternary.layers import FloatLinear
+
+type Params = PyTree[Float[Array, '...']]
+
+
+class Block(nnx.Module):
+  """x + attention(norm(x)), then x + mlp(norm(x))."""
+
+  def __init__(self, config: ModelConfig, *, rngs: nnx.Rngs):
+    self.attention_norm = layers.rms_norm(config, config.d_model, rngs=rngs)
+    self.attention = Attention(config, rngs=rngs)
+    self.mlp_norm = layers.rms_norm(config, config.d_model, rngs=rngs)
+    self.mlp = MLP(config, rngs=rngs)
+
+  def __call__(
+    self,
+    x_BTD: Float[Array, 'B T D'],
+    positions_BT: Int32[Array, 'B T'],
+    cache: KVCache | None = None,
+  ) -> tuple[Float[Array, 'B T D'], KVCache | None]:
+    # Without this the partitioner may split the width over the mesh.
+    x_BTD = rules.constrain(x_BTD, ('batch', None, None))
+    y_BTD, cache = self.attention(
+      self.attention_norm(x_BTD), positions_BT, cache
+    )
+    x_BTD = x_BTD + y_BTD
+    return x_BTD + self.mlp(self.mlp_norm(x_BTD)), cache
+
+
+class Decoder(nnx.Module):
+  """Token ids to logits.
+
+  `layers` is one Block whose leaves are stacked over layers, scanned; or an
+  nnx.List of blocks, unrolled: packed models are, because a scanned slice
+  that feeds a custom call is copied first.
+  """
+
+  def __init__(self, config: ModelConfig, *, rngs: nnx.Rngs):
+    self.config = config
+    self.embed = nnx.Embed(
+      config.padded_vocab_size,
+      config.d_model,
+      dtype=jnp.dtype(config.dtype),
+      embedding_init=nnx.initializers.normal(config.init_std),
+      embedding_metadata={'axes': ('vocab', 'embed')},
+      rngs=rngs,
+    )
+    keys = jax.random.split(rngs.params(), config.layers)
+    self.layers = nnx.vmap(
+      lambda key: Block(config, rngs=nnx.Rngs(params=key))
+    )(keys)
+    self.norm = layers.rms_norm(config, config.d_model, rngs=rngs)
+    self.head = FloatLinear(
+      config.d_model,
+      config.padded_vocab_size,
+      axes=('embed', 'vocab'),
+      init_std=config.init_std,
+      rngs=rngs,
+    )
+
+  def __call__(
+    self,
+    tokens_BT: Int32[Array, 'B T'],
+    positions_BT: Int32[Array, 'B T'] | None = None,
+    cache: PyTree | None = None,
+  ) -> tuple[Float32[Array, 'B T V'], PyTree | None]:
+    """Logits over the padded vocabulary, and the cache with T more positions.
+
+    `positions_BT` defaults to 0..T-1. `cache` is one KVCache with leading
+    axis L for scanned layers, a list of L for unrolled ones, or None.
+    """
+    if positions_BT is None:
+      positions_BT = jnp.broadcast_to(
+        jnp.arange(tokens_BT.shape[1], dtype=jnp.int32), tokens_BT.shape
+      )
+    x_BTD = self.embed(tokens_BT)
+    if isinstance(self.layers, Block):
+      graphdef, stacked = nnx.split(self.layers)
+
+      def body(x_BTD, layer):
+        params, cache = layer
+        return nnx.merge(graphdef, params)(x_BTD, positions_BT, cache)
+
+      x_BTD, cache = jax.lax.scan(body, x_BTD, (stacked, cache))
+    else:
+      caches = [None] * len(self.layers) if cache is None else cache
+      updated = []
+      for block, layer_cache in zip(self.layers, caches, strict=True):
+        x_BTD, layer_cache = block(x_BTD, positions_BT, layer_cache)
+        updated.append(layer_cache)
+      cache = None if cache is None else updated
+    logits_BTV = self.head(self.norm(x_BTD)).astype(jnp.float32)
+    return logits_BTV, cache
+
+
+@functools.lru_cache
+def _abstract(config: ModelConfig):
+  return nnx.split(
+    nnx.eval_shape(lambda: Decoder(config, rngs=nnx.Rngs(params=0)))
+  )
+
+
+def init(config: ModelConfig, key: PRNGKeyArray) -> Params:
+  """Fresh parameters; a pure function of (config, key)."""
+  model = Decoder(config, rngs=nnx.Rngs(params=key))
+  return nnx.to_pure_dict(nnx.state(model))
+
+
+def bind(config: ModelConfig, params: Params) -> Decoder:
+  """The module that computes with `params`, whatever holds them."""
+  graphdef, state = _abstract(config)
+  state = jax.tree.map(lambda leaf: leaf, state)  # a copy to fill
+  nnx.replace_by_pure_dict(state, params)
+  return nnx.merge(graphdef, state)
+
+
+def abstract_params(config: ModelConfig) -> PyTree[jax.ShapeDtypeStruct]:
+  """Shapes and dtypes of the parameters, without making them."""
+  return nnx.to_pure_dict(_abstract(config)[1])
+
+
+def logical_axes(config: ModelConfig) -> PyTree[tuple[str | None, ...]]:
+  """The logical axis of each dimension of each parameter."""
+  _, state = _abstract(config)
+
+  def names(variable):
+    axes = variable.get_metadata()['axes']
+    stacked = len(variable.shape) - len(axes)
+    return ('layers',) * stacked + tuple(axes)
+
+  axes = jax.tree.map(
+    names, state, is_leaf=lambda leaf: isinstance(leaf, nnx.Variable)
+  )
+  return nnx.to_pure_dict(axes)

@@ -1,0 +1,155 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Linear layers with ternary, binary or float weights, one interface.
+
+The latents are float32 [K, N]; the compute dtype is that of the input. The
+straight-through estimator of Spectra 3.1: the forward pass multiplies by
+scale * codes, the gradient of that product goes to the latents unchanged (no
+clipping mask, nothing through the scale), and the input's gradient passes
+through the quantised matrix.
+
+Shapes: M tokens, K inputs, N outputs, S scale blocks.
+"""
+
+import functools
+
+from flax import nnx
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float, Float32
+
+from tritera_jax.ternary import quantize
+from tritera_jax.ternary.quantize import Family, ScaleAxis
+
+
+def _dot(a, b, contract_a: int, contract_b: int, dtype) -> jax.Array:
+  return jax.lax.dot_general(
+    a,
+    b,
+    (((contract_a,), (contract_b,)), ((), ())),
+    preferred_element_type=dtype,
+  )
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(2, 3, 4))
+def _straight_through(x_MK, w_KN, family, blocks, axis):
+  return _forward(x_MK, w_KN, family, blocks, axis)[0]
+
+
+def _forward(x_MK, w_KN, family, blocks, axis):
+  int8_KN, scale_S = quantize.QUANTIZERS[family](w_KN, blocks, axis)
+  codes_KN = int8_KN.astype(x_MK.dtype)  # exact in every float dtype
+  # The scale multiplies float32 sums rather than low-precision weights.
+  if axis == 'out':
+    scale_N = quantize.per_entry(scale_S, w_KN.shape[1])
+    y_MN = _dot(x_MK, codes_KN, 1, 0, jnp.float32) * scale_N
+  else:
+    scale_K = quantize.per_entry(scale_S, w_KN.shape[0])
+    scaled_MK = (x_MK * scale_K).astype(x_MK.dtype)
+    y_MN = _dot(scaled_MK, codes_KN, 1, 0, jnp.float32)
+  return y_MN.astype(x_MK.dtype), (x_MK, int8_KN, scale_S)
+
+
+def _backward(family, blocks, axis, residuals, g_MN):
+  del family, blocks
+  x_MK, int8_KN, scale_S = residuals
+  codes_KN = int8_KN.astype(x_MK.dtype)
+  if axis == 'out':
+    scale_N = quantize.per_entry(scale_S, codes_KN.shape[1])
+    scaled_MN = (g_MN * scale_N).astype(g_MN.dtype)
+    dx_MK = _dot(scaled_MN, codes_KN, 1, 1, jnp.float32)
+  else:
+    scale_K = quantize.per_entry(scale_S, codes_KN.shape[0])
+    dx_MK = _dot(g_MN, codes_KN, 1, 1, jnp.float32) * scale_K
+  dw_KN = _dot(x_MK, g_MN, 0, 0, jnp.float32)
+  return dx_MK.astype(x_MK.dtype), dw_KN
+
+
+_straight_through.defvjp(_forward, _backward)
+
+
+def straight_through_matmul(
+  x: Float[Array, '*batch K'],
+  w_KN: Float32[Array, 'K N'],
+  *,
+  family: Family,
+  blocks: int = 1,
+  axis: ScaleAxis = 'out',
+) -> Float[Array, '*batch N']:
+  """x @ (scale * codes of w), straight-through to the float32 latents w.
+
+  Sums are float32 whatever x's dtype; the result has x's dtype. `family` is
+  'ternary' or 'binary'.
+
+  Raises:
+    ValueError: the blocks do not fit the matrix (see `quantize.ternarize`).
+  """
+  if blocks == 1:
+    axis = 'out'  # one scale: multiply the sums, whichever axis it is said of
+  x_MK = x.reshape(-1, x.shape[-1])
+  y_MN = _straight_through(x_MK, w_KN, family, blocks, axis)
+  return y_MN.reshape(*x.shape[:-1], w_KN.shape[1])
+
+
+class FloatLinear(nnx.Module):
+  """y = x W with float32 W [K, N], no bias; FloatLM's layer, and the head's."""
+
+  def __init__(
+    self,
+    in_features: int,
+    out_features: int,
+    *,
+    axes: tuple[str, str],
+    init_std: float,
+    rngs: nnx.Rngs,
+  ):
+    shape = (in_features, out_features)
+    self.kernel = nnx.Param(
+      init_std * jax.random.normal(rngs.params(), shape, jnp.float32),
+      axes=axes,
+    )
+
+  def __call__(
+    self, x: Float[Array, '*batch K']
+  ) -> Float[Array, '*batch N']:
+    return jnp.dot(x, self.kernel[...].astype(x.dtype))
+
+
+class QuantizedLinear(FloatLinear):
+  """y = x (scale * codes): TriLM's layer ('ternary') and BiLM's ('binary').
+
+  Invariants: `kernel` is the latent matrix, float32 [K, N]; its codes and
+  scales follow from it alone and from (family, scale_blocks, scale_axis).
+  """
+
+  def __init__(
+    self,
+    in_features: int,
+    out_features: int,
+    *,
+    family: Family,
+    scale_blocks: int,
+    scale_axis: ScaleAxis,
+    axes: tuple[str, str],
+    init_std: float,
+    rngs: nnx.Rngs,
+  ):
+    super().__init__(
+      in_features, out_features, axes=axes, init_std=init_std, rngs=rngs
+    )
+    quantize.check_blocks(
+      (in_features, out_features), scale_blocks, scale_axis
+    )
+    self.family = family
+    self.scale_blocks = scale_blocks
+    self.scale_axis = scale_axis
+
+  def __call__(
+    self, x: Float[Array, '*batch K']
+  ) -> Float[Array, '*batch N']:
+    return straight_through_matmul(
+      x,
+      self.kernel[...],
+      family=self.family,
+      blocks=self.scale_blocks,
+      axis=self.scale_axis,
+    )

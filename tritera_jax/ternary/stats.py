@@ -1,0 +1,46 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What ternary weights do while they train."""
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float32, Int8
+
+from tritera_jax.ternary import quantize
+from tritera_jax.ternary.quantize import ScaleAxis
+
+
+def matrix_stats(
+  w_KN: Float32[Array, 'K N'],
+  before_KN: Int8[Array, 'K N'],
+  blocks: int,
+  axis: ScaleAxis,
+) -> dict[str, Float32[Array, '']]:
+  """Statistics of one ternary matrix against its codes one update before.
+
+  Returns: zero_fraction: share of codes that are 0; flip_fraction: share of
+  codes that the update changed; near_threshold: share of latents within
+  10 % of the threshold scale / 2; scale: mean of the blocks' scales.
+  """
+  codes_KN, scale_S = quantize.ternarize(w_KN, blocks, axis)
+  ones_KN = jnp.ones_like(codes_KN)
+  threshold_KN = quantize.dequantize(ones_KN, scale_S, axis) / 2
+  near_KN = jnp.abs(jnp.abs(w_KN) - threshold_KN) < 0.1 * threshold_KN
+  return {
+    'zero_fraction': jnp.mean(codes_KN == 0),
+    'flip_fraction': jnp.mean(codes_KN != before_KN),
+    'near_threshold': jnp.mean(near_KN),
+    'scale': jnp.mean(scale_S),
+  }
+
+
+def stacked_stats(
+  w_LKN: Float32[Array, 'L K N'],
+  before_LKN: Int8[Array, 'L K N'],
+  blocks: int,
+  axis: ScaleAxis,
+) -> dict[str, Float32[Array, '']]:
+  """`matrix_stats` averaged over layers."""
+  stats = jax.vmap(lambda w, before: matrix_stats(w, before, blocks, axis))(
+    w_LKN, before_LKN
+  )
+  return jax.tree.map(jnp.mean, stats)

@@ -1,0 +1,123 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Metrics of a run: JSON lines, one record a logged step, and their picture.
+
+`metrics.jsonl` is the truth; everything printed or drawn comes from it.
+"""
+
+import functools
+import json
+from pathlib import Path
+
+import jax
+
+from tritera_jax.model import quantized
+from tritera_jax.model.config import ModelConfig
+from tritera_jax.ternary import stats
+
+
+class MetricsFile:
+  """Appends records to a run's metrics.jsonl."""
+
+  def __init__(self, folder: Path, from_step: int):
+    """Keeps the records up to `from_step`: later ones are about to come."""
+    self.path = folder / 'metrics.jsonl'
+    kept = [r for r in read(folder) if r['step'] <= from_step]
+    self.path.write_text(''.join(json.dumps(r) + '\n' for r in kept))
+
+  def write(self, record: dict[str, float]):
+    with self.path.open('a') as file:
+      file.write(json.dumps(record) + '\n')
+
+
+def read(folder: str | Path) -> list[dict[str, float]]:
+  """The records of a run so far; a line cut by a crash is left out."""
+  path = Path(folder) / 'metrics.jsonl'
+  if not path.exists():
+    return []
+  lines = path.read_text().split('\n')
+  return [json.loads(line) for line in lines[:-1] if line]
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def codes(config: ModelConfig, params):
+  """Codes by name, to compare with those after an update."""
+  return {
+    name: codes
+    for name, (codes, _) in quantized.codes_and_scales(config, params).items()
+  }
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def _telemetry(config: ModelConfig, params, before):
+  return {
+    name: stats.stacked_stats(
+      w_LKN, before[name], config.scale_blocks, config.linears[name].scale_axis
+    )
+    for name, w_LKN in quantized.latents(config, params).items()
+  }
+
+
+def telemetry(config: ModelConfig, params, before) -> dict:
+  """`stats.matrix_stats` of the model, weighted by size, and by matrix.
+
+  Args:
+    config: of a ternary model.
+    params: after an update.
+    before: `codes` before it.
+  """
+  by_name = jax.tree.map(float, _telemetry(config, params, before))
+  size = {name: before[name].size for name in by_name}
+  overall = {
+    field: sum(size[n] * by_name[n][field] for n in by_name)
+    / sum(size.values())
+    for field in ('zero_fraction', 'flip_fraction', 'near_threshold', 'scale')
+  }
+  return overall | {'matrices': by_name}
+
+
+def line(record: dict) -> str:
+  """One record in a few words."""
+  parts = [f'loss {record["loss"]:.3f}']
+  if 'held_out_loss' in record:
+    parts.append(f'held-out {record["held_out_loss"]:.3f}')
+  if 'tokens_per_second' in record:
+    parts.append(f'{record["tokens_per_second"]:,.0f} tok/s')
+  if 'zero_fraction' in record:
+    parts.append(
+      f'zeros {record["zero_fraction"]:.1%} '
+      f'flips {record["flip_fraction"]:.2%}'
+    )
+  return ', '.join(parts)
+
+
+def plot(folder: str | Path) -> Path:
+  """Draws loss.png of a run: training and held-out loss, and code flips."""
+  from matplotlib.figure import Figure  # slow to import
+
+  records = read(folder)
+  figure = Figure(figsize=(7, 4.5), dpi=120, layout='constrained')
+  axes = figure.subplots()
+
+  def draw(axes, field, **style):
+    points = [(r['step'], r[field]) for r in records if field in r]
+    if points:
+      axes.plot(*zip(*points, strict=True), **style)
+    return bool(points)
+
+  draw(axes, 'loss', color='tab:blue', lw=1, label='training')
+  draw(axes, 'held_out_loss', color='tab:orange', marker='o', ms=4,
+       label='held out')  # fmt: skip
+  axes.set(xlabel='step', ylabel='loss (nats a token)')
+  axes.grid(alpha=0.3)
+  twin = axes.twinx()
+  if draw(twin, 'flip_fraction', color='tab:green', lw=1, ls='--',
+          label='codes flipped by one step'):  # fmt: skip
+    twin.set(ylabel='share of codes flipped by one step', yscale='log')
+    handles = axes.get_lines() + twin.get_lines()
+    axes.legend(handles=handles, frameon=False)
+  else:
+    twin.set_axis_off()
+    axes.legend(frameon=False)
+  path = Path(folder) / 'loss.png'
+  figure.savefig(path)
+  return path

@@ -1,0 +1,34 @@
+# SPDX-License-Identifier: Apache-2.0
+"""AdamW with gradient clipping, under a schedule of both rates."""
+
+import jax
+import optax
+
+from tritera_jax.experiment import OptimizerConfig
+from tritera_jax.model.decoder import Params
+
+
+def decayed(params: Params) -> Params:
+  """True for matrices; norm gains are not decayed."""
+
+  def is_matrix(path, leaf):
+    del leaf
+    return path[-1].key in ('kernel', 'embedding')
+
+  return jax.tree_util.tree_map_with_path(is_matrix, params)
+
+
+def make(config: OptimizerConfig, steps: int) -> optax.GradientTransformation:
+  """The update rule of a run of `steps` steps."""
+  schedule = config.schedule
+  return optax.chain(
+    optax.clip_by_global_norm(config.clip_norm),
+    optax.adamw(
+      lambda step: schedule.learning_rate(step, steps),
+      b1=config.beta1,
+      b2=config.beta2,
+      eps=config.epsilon,
+      weight_decay=lambda step: schedule.decay(step, steps),
+      mask=decayed,
+    ),
+  )
