@@ -1,0 +1,13 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Multiplication by packed ternary matrices."""
+
+from tritera_kernels.matmul.api import IMPLEMENTATIONS, plan, ternary_matmul
+from tritera_kernels.matmul.implementation import Activations, Implementation
+
+__all__ = [
+  'IMPLEMENTATIONS',
+  'Activations',
+  'Implementation',
+  'plan',
+  'ternary_matmul',
+]

@@ -1,0 +1,171 @@
+# SPDX-License-Identifier: Apache-2.0
+"""PackedTernary: a ternary matrix as bytes and scales."""
+
+import dataclasses
+from typing import Literal
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float32, Int8, UInt8
+import numpy as np
+
+from tritera_kernels import formats
+
+ScaleAxis = Literal['out', 'in']
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class PackedTernary:
+  """A matrix of N output rows and K inputs, ternary, in packed bytes.
+
+  Invariants (`check` tests them on the host):
+    * the matrix is scale * codes, codes in {-1, 0, 1};
+    * scale[b] belongs to the b-th of equal runs of output rows (scale_axis
+      'out') or of inputs ('in');
+    * a row is made of segments: one, or one a scale block if the blocks lie
+      along inputs. Each segment of K / segments inputs is packed on its own,
+      so a kernel's integer sum over a block reads consecutive bytes;
+    * data.shape == (N, segments * ceil(K / segments / codes a byte)), and
+      codes past a segment's end are 0;
+    * every byte is one that `format` at `layout_version` can produce.
+
+  Attributes:
+    data: the bytes, row by row.
+    scale: one a block.
+    shape: (N, K).
+    scale_axis: 'out' or 'in'.
+    format: name in `tritera_kernels.formats`.
+    layout_version: of that format.
+  """
+
+  data: UInt8[Array, 'N row']
+  scale: Float32[Array, ' blocks']
+  shape: tuple[int, int] = dataclasses.field(metadata={'static': True})
+  scale_axis: ScaleAxis = dataclasses.field(metadata={'static': True})
+  format: str = dataclasses.field(metadata={'static': True})
+  layout_version: int = dataclasses.field(metadata={'static': True})
+
+  @property
+  def blocks(self) -> int:
+    """Number of scales."""
+    return self.scale.shape[0]
+
+  @property
+  def segments(self) -> int:
+    """Number of runs of inputs that are packed and summed on their own."""
+    return self.blocks if self.scale_axis == 'in' else 1
+
+  @property
+  def bits_per_weight(self) -> float:
+    """Stored bits a weight, scales included."""
+    stored = 8 * self.data.size + 32 * self.scale.size
+    return stored / (self.shape[0] * self.shape[1])
+
+
+def row_bytes(format: str, inputs: int, segments: int) -> int:
+  """Bytes of a packed row of `inputs` codes."""
+  per_byte = formats.get(format).CODES_PER_BYTE
+  return segments * -(-(inputs // segments) // per_byte)
+
+
+def pack(
+  codes_NK: Int8[Array, 'N K'],
+  scale: Float32[Array, ' blocks'],
+  *,
+  format: str,
+  scale_axis: ScaleAxis,
+) -> PackedTernary:
+  """Packs codes; the inverse of `unpack`.
+
+  Raises:
+    ValueError: unknown format, or the blocks do not divide their axis.
+  """
+  layout = formats.get(format)
+  N, K = codes_NK.shape
+  blocks = scale.shape[0]
+  _check_blocks((N, K), blocks, scale_axis)
+  segments = blocks if scale_axis == 'in' else 1
+  per_byte = layout.CODES_PER_BYTE
+  width = row_bytes(format, K, segments) // segments
+  digits = (codes_NK.astype(jnp.int32) + 1).reshape(N, segments, -1)
+  digits = jnp.pad(
+    digits,
+    ((0, 0), (0, 0), (0, width * per_byte - K // segments)),
+    constant_values=1,
+  )
+  planes = jnp.moveaxis(digits.reshape(N, segments, per_byte, width), 2, 0)
+  data = layout.pack_planes(planes).reshape(N, segments * width)
+  return PackedTernary(
+    data, scale, (N, K), scale_axis, format, layout.LAYOUT_VERSION
+  )
+
+
+def unpack_codes(packed: PackedTernary) -> Int8[Array, 'N K']:
+  """The codes; traceable."""
+  N, K = packed.shape
+  segments = packed.segments
+  data = packed.data.reshape(N, segments, -1)
+  planes = formats.get(packed.format).decode_tile(data)
+  codes = jnp.concatenate([plane.astype(jnp.int8) for plane in planes], -1)
+  return codes[..., : K // segments].reshape(N, K)
+
+
+def unpack(
+  packed: PackedTernary,
+) -> tuple[Int8[Array, 'N K'], Float32[Array, ' blocks']]:
+  """Codes and scales."""
+  return unpack_codes(packed), packed.scale
+
+
+def check(packed: PackedTernary):
+  """Tests every invariant on the host: for what came from a file.
+
+  Raises:
+    ValueError: the field, its value and what was wanted.
+  """
+  layout = formats.get(packed.format)
+  if packed.layout_version != layout.LAYOUT_VERSION:
+    raise ValueError(
+      f'layout_version={packed.layout_version} of {packed.format} is unknown; '
+      f'known: {layout.LAYOUT_VERSION}'
+    )
+  N, K = packed.shape
+  if packed.scale.ndim != 1 or packed.scale.dtype != jnp.float32:
+    raise ValueError(
+      f'scale is {packed.scale.dtype}{list(packed.scale.shape)}, wanted '
+      'float32[blocks]'
+    )
+  _check_blocks(packed.shape, packed.blocks, packed.scale_axis)
+  wanted = (N, row_bytes(packed.format, K, packed.segments))
+  if packed.data.shape != wanted or packed.data.dtype != jnp.uint8:
+    raise ValueError(
+      f'data is {packed.data.dtype}{list(packed.data.shape)}, wanted '
+      f'uint8{list(wanted)} for {packed.format} codes of shape {packed.shape}'
+    )
+  scale = np.asarray(packed.scale)
+  if not (np.isfinite(scale) & (scale > 0)).all():
+    raise ValueError(f'scale={scale} must be finite and positive')
+  valid = np.asarray(layout.is_valid(packed.data))
+  if not valid.all():
+    row, column = np.argwhere(~valid)[0]
+    raise ValueError(
+      f'data[{row}, {column}]={int(packed.data[row, column])} is no byte of '
+      f'{packed.format}; the bytes are damaged or of another format'
+    )
+  again = pack(
+    *unpack(packed), format=packed.format, scale_axis=packed.scale_axis
+  )
+  if not (again.data == packed.data).all():
+    raise ValueError('data has codes other than 0 past the end of a segment')
+
+
+def _check_blocks(shape: tuple[int, int], blocks: int, axis: ScaleAxis):
+  if axis not in ('out', 'in'):
+    raise ValueError(f"scale_axis={axis!r} must be 'out' or 'in'")
+  length = shape[0 if axis == 'out' else 1]
+  if min(shape) < 1 or blocks < 1 or length % blocks:
+    raise ValueError(
+      f'{blocks} scale blocks do not divide the {axis} axis of a matrix of '
+      f'shape {shape} (N, K)'
+    )

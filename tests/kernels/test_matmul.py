@@ -1,0 +1,188 @@
+# SPDX-License-Identifier: Apache-2.0
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from tritera_kernels import doctor, packed, testing
+from tritera_kernels.matmul import api, reference
+from tritera_kernels.matmul.implementation import Implementation
+
+FORMATS = ['two_bit', 'base_three']
+
+
+@pytest.mark.parametrize('activations', ['float', 'int8'])
+@pytest.mark.parametrize('format', FORMATS)
+@pytest.mark.parametrize('case', testing.CASES)
+def test_the_reference(case, format, activations):
+  testing.check(
+    reference.REFERENCE, testing.CASES[case], format, activations
+  )
+
+
+def example(format='two_bit', **fields):
+  case = testing.Case(**{'M': 3, 'K': 40, 'N': 12, **fields})
+  x, codes, scale = testing.problem(case)
+  matrix = packed.pack(
+    jnp.asarray(codes), scale, format=format, scale_axis=case.scale_axis
+  )
+  return jnp.asarray(x), matrix, (x, codes, scale)
+
+
+@pytest.mark.parametrize('bad', [np.nan, np.inf, -np.inf])
+def test_a_token_that_is_not_finite_gives_nan_and_no_other_does(bad):
+  x, matrix, _ = example()
+  x = x.at[1, 5].set(bad)
+  y = api.ternary_matmul(x, matrix, activations='int8')
+  assert np.isnan(y[1]).all() and np.isfinite(y[jnp.array([0, 2])]).all()
+
+
+@pytest.mark.parametrize('dtype', [jnp.bfloat16, jnp.float16])
+@pytest.mark.parametrize('activations', ['float', 'int8'])
+def test_low_precision_inputs_are_rounded_once_at_the_end(dtype, activations):
+  x, matrix, _ = example(blocks=2, scale_axis='in')
+  x = x.astype(dtype)
+  y = api.ternary_matmul(x, matrix, activations=activations)
+  wide = api.ternary_matmul(
+    x.astype(jnp.float32), matrix, activations=activations
+  )
+  assert y.dtype == dtype
+  np.testing.assert_array_equal(y, wide.astype(dtype))
+
+
+def test_under_vmap_scan_and_leading_axes():
+  x, matrix, (_, codes, scale) = example()
+  want, bound = testing.expected_float(np.asarray(x), codes, scale, 'out')
+  matmul = lambda x: api.ternary_matmul(x, matrix, activations='float')
+  _, scanned = jax.lax.scan(lambda c, row: (c, matmul(row)), 0, x)
+  for y in (jax.vmap(matmul)(x), scanned, matmul(x[:, None])[:, 0]):
+    assert (np.abs(np.asarray(y) - want) <= bound).all()
+
+
+def test_the_gradient_of_x_passes_through_scale_times_codes():
+  x, matrix, (_, codes, scale) = example(blocks=2, scale_axis='in')
+  dy = np.random.default_rng(1).standard_normal((3, 12)).astype(np.float32)
+  _, pullback = jax.vjp(
+    lambda x: api.ternary_matmul(x, matrix, activations='float'), x
+  )
+  w = codes * np.repeat(scale, 20)
+  np.testing.assert_allclose(pullback(dy)[0], dy @ w, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize('platform', ['tpu', 'cuda'])
+def test_it_lowers_for_machines_that_are_not_here(platform):
+  x, matrix, _ = example()
+  traced = jax.jit(
+    lambda x, m: api.ternary_matmul(x, m, activations='int8')
+  ).trace(x, matrix)
+  assert 'dot_general' in traced.lower(lowering_platforms=(platform,)).as_text()
+
+
+@pytest.mark.parametrize(
+  ('arguments', 'error', 'message'),
+  [
+    ({'activations': 'int4'}, ValueError, "activations='int4' must be"),
+    ({'implementation': 'none'}, ValueError, r"known: \['reference'\]"),
+    ({'x': jnp.ones((2, 39))}, ValueError, 'must be the K=40 inputs'),
+    ({'x': jnp.ones((2, 40), jnp.int32)}, TypeError, 'x is int32; cast it'),
+  ],
+)
+def test_a_call_that_cannot_be_is_refused(arguments, error, message):
+  x, matrix, _ = example()
+  call = {'x': x, 'activations': 'float', **arguments}
+  with pytest.raises(error, match=message):
+    api.ternary_matmul(call.pop('x'), matrix, **call)
+
+
+@pytest.fixture
+def two_more(monkeypatch):
+  """A kernel for TPU, and one for small float batches of two_bit."""
+
+  def refuses(x, packed, activations):
+    del packed, activations
+    return f'M={x.shape[0]} is not 1' if x.shape[0] != 1 else None
+
+  marked = lambda value: lambda x, packed, activations: jnp.full(
+    (x.shape[0], packed.shape[0]), value, x.dtype
+  )
+  monkeypatch.setattr(
+    api,
+    'IMPLEMENTATIONS',
+    (
+      Implementation('tpu_only', marked(7), platforms=('tpu',)),
+      Implementation(
+        'one_token', marked(5), formats=('two_bit',), refuses=refuses
+      ),
+      reference.REFERENCE,
+    ),
+  )
+
+
+def test_the_first_that_does_not_refuse_is_chosen(two_more):
+  x, matrix, _ = example()
+  plan = api.plan(x, matrix, 'float', 'cpu')
+  assert plan.chosen is reference.REFERENCE
+  assert plan.refusals == {
+    'tpu_only': 'runs on tpu, not on cpu',
+    'one_token': 'M=3 is not 1',
+  }
+  assert (api.ternary_matmul(x[:1], matrix, activations='float') == 5).all()
+  three = example('base_three')[1]
+  assert (api.ternary_matmul(x[:1], three, activations='float') != 5).all()
+
+
+def test_lowering_picks_the_platforms_own(two_more):
+  x, matrix, _ = example()
+  traced = jax.jit(
+    lambda x, m: api.ternary_matmul(x, m, activations='float')
+  ).trace(x, matrix)
+  on_tpu = traced.lower(lowering_platforms=('tpu',)).as_text()
+  on_cpu = traced.lower(lowering_platforms=('cpu',)).as_text()
+  assert 'dot_general' not in on_tpu and '7.0' in on_tpu
+  assert 'dot_general' in on_cpu
+
+
+def test_a_named_implementation_is_obeyed_or_every_refusal_is_listed(two_more):
+  x, matrix, _ = example()
+  with pytest.raises(ValueError, match='one_token.*refuses.*M=3 is not 1'):
+    api.ternary_matmul(
+      x, matrix, activations='float', implementation='one_token'
+    )
+  y = api.ternary_matmul(
+    x[:1], matrix, activations='float', implementation='reference'
+  )
+  assert (y != 5).all()
+
+
+def test_the_doctor_finds_a_wrong_kernel(monkeypatch):
+  text, healthy = doctor.report()
+  assert healthy and text.count(' ok') == 4
+  # Reads planes as neighbours: a round trip through its own pack would pass.
+  shuffled = lambda x, packed, activations: reference.run(
+    x[:, ::-1], packed, activations
+  )
+  monkeypatch.setattr(
+    api,
+    'IMPLEMENTATIONS',
+    (Implementation('shuffled', shuffled), reference.REFERENCE),
+  )
+  text, healthy = doctor.report()
+  assert not healthy and text.count('WRONG') == 4
+
+
+def test_int8_activations_are_within_half_a_step():
+  x = np.random.default_rng(0).standard_normal((5, 64)).astype(np.float32)
+  q, scale = reference.quantize_activations(jnp.asarray(x))
+  error = np.abs(np.asarray(q) * np.asarray(scale)[:, None] - x)
+  assert (error <= 0.5001 * np.asarray(scale)[:, None]).all()
+  assert (np.abs(np.asarray(q)).max(axis=1) == 127).all()
+
+
+def test_the_weights_change_without_recompiling():
+  x, matrix, _ = example()
+  fn = jax.jit(lambda x, m: api.ternary_matmul(x, m, activations='float'))
+  fn(x, matrix)
+  fn(x, dataclasses.replace(matrix, scale=matrix.scale * 2))
+  assert fn._cache_size() == 1

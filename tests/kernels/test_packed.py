@@ -1,0 +1,112 @@
+# SPDX-License-Identifier: Apache-2.0
+import dataclasses
+import hashlib
+import struct
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from tritera_kernels import fingerprint, packed
+
+
+def matrix(format='two_bit', N=4, K=10, blocks=2, scale_axis='in'):
+  codes = np.random.default_rng(0).integers(-1, 2, (N, K)).astype(np.int8)
+  return packed.pack(
+    jnp.asarray(codes),
+    jnp.linspace(0.5, 1.0, blocks),
+    format=format,
+    scale_axis=scale_axis,
+  )
+
+
+@pytest.mark.parametrize(
+  ('change', 'message'),
+  [
+    ({'format': 'three_bit'}, r"'three_bit' is unknown; known: \['base_th"),
+    ({'layout_version': 2}, 'layout_version=2 of two_bit is unknown'),
+    ({'shape': (4, 20)}, r'data is uint8\[4, 4\], wanted uint8\[4, 6\]'),
+    ({'shape': (5, 10)}, r'wanted uint8\[5, 4\]'),
+    ({'shape': (4, 11)}, '2 scale blocks do not divide the in axis'),
+    ({'scale': jnp.array([1.0, jnp.nan])}, 'must be finite and positive'),
+    ({'scale': jnp.array([1.0, 0.0])}, 'must be finite and positive'),
+    ({'scale': jnp.ones((2, 1))}, r'scale is float32\[2, 1\]'),
+    ({'data': jnp.full((4, 4), 3, jnp.uint8)}, r'data\[0, 0\]=3 is no byte'),
+    ({'data': jnp.zeros((4, 4), jnp.uint8)}, 'past the end of a segment'),
+    ({'scale_axis': 'rows'}, "scale_axis='rows' must be 'out' or 'in'"),
+  ],
+)
+def test_a_broken_invariant_is_named(change, message):
+  with pytest.raises(ValueError, match=message):
+    packed.check(dataclasses.replace(matrix(), **change))
+
+
+def test_an_impossible_base_three_byte_is_named():
+  good = matrix('base_three')
+  bad = dataclasses.replace(good, data=good.data.at[2, 1].set(20))
+  with pytest.raises(ValueError, match=r'data\[2, 1\]=20 is no byte'):
+    packed.check(bad)
+
+
+def test_it_is_a_pytree_with_static_layout():
+  m = matrix()
+  leaves, treedef = jax.tree.flatten(m)
+  assert [leaf.dtype for leaf in leaves] == [jnp.uint8, jnp.float32]
+  assert jax.tree.unflatten(treedef, leaves).shape == (4, 10)
+  codes, _ = jax.jit(packed.unpack)(m)
+  np.testing.assert_array_equal(codes, packed.unpack(m)[0])
+
+
+def test_the_fingerprint_is_the_documented_bytes():
+  codes = np.array([[1, 0, -1], [0, 0, 1]], np.int8)
+  scale = np.array([0.5], np.float32)
+  first = hashlib.sha256(
+    b'a\0'
+    + struct.pack('<QQQ', 2, 3, 1)
+    + b'\0'
+    + bytes([1, 0, 255, 0, 0, 1])
+    + struct.pack('<f', 0.5)
+  ).digest()
+  split = hashlib.sha256(
+    b'b\0'
+    + struct.pack('<QQQ', 2, 3, 3)
+    + b'\1'
+    + bytes([1, 0, 255, 0, 0, 1])
+    + struct.pack('<fff', 1, 2, 3)
+  ).digest()
+  want = 'trits1:' + hashlib.sha256(first + split).hexdigest()
+  three = np.array([1, 2, 3], np.float32)
+  got = fingerprint.trit_fingerprint(
+    # Any order; and of one block the axis says nothing.
+    [('b', codes, three, 'in'), ('a', codes, scale, 'in')]
+  )
+  assert got == want
+
+
+def test_every_format_has_the_fingerprint_of_its_codes():
+  prints = set()
+  for format in ('two_bit', 'base_three'):
+    m = matrix(format)
+    prints.add(
+      fingerprint.trit_fingerprint([('m', *packed.unpack(m), m.scale_axis)])
+    )
+  assert len(prints) == 1
+
+
+def test_any_change_changes_the_fingerprint():
+  codes, scale = (np.asarray(a) for a in packed.unpack(matrix()))
+  flipped = codes.copy()
+  flipped[3, 9] = -flipped[3, 9] or 1
+  variants = [
+    ('m', codes, scale, 'in'),
+    ('n', codes, scale, 'in'),
+    ('m', flipped, scale, 'in'),
+    ('m', codes, np.nextafter(scale, np.float32(2)), 'in'),
+    ('m', codes, scale, 'out'),
+    ('m', codes.reshape(5, 8), scale, 'in'),
+  ]
+  prints = {fingerprint.trit_fingerprint([v]) for v in variants}
+  assert len(prints) == len(variants)
+  with pytest.raises(ValueError, match="two matrices are called 'm'"):
+    fingerprint.trit_fingerprint([variants[0]] * 2)
