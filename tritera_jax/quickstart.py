@@ -5,12 +5,10 @@ Run by `make quickstart`. Each step is a call that a notebook could make.
 """
 
 import functools
-import os
 from pathlib import Path
 import sys
 import time
 
-import jax
 import tqdm
 
 from tritera_jax import experiment as experiment_lib
@@ -86,16 +84,16 @@ def main(path: str = EXPERIMENT):
 
   say(f'\n5/5 generate: after {PROMPT!r}, the most likely tokens')
   score = functools.partial(
-    perplexity.held_out_loss,
+    perplexity.head_loss,
     source=source,
     sequence_length=T,
-    limit_tokens=SUBSET_TOKENS,
+    tokens=SUBSET_TOKENS,
     progress=bar,
   )
   text = load.complete(latent, PROMPT, new_tokens=64)
   say(f'{PROMPT}{text}\n')
   say(f'  held-out loss of the first {SUBSET_TOKENS:,} tokens, nats a token')
-  say(f'  {"latent":<10}        {score(latent.model).nats_per_token:.5f}')
+  say(f'  {"latent":<10}        {score(latent.model):.5f}')
   agree = True
   for format in FORMATS:
     for activations in ('float', 'int8'):
@@ -105,7 +103,7 @@ def main(path: str = EXPERIMENT):
         same = load.complete(packed, PROMPT, new_tokens=64) == text
         agree &= same
         note = ', same text' if same else ', ANOTHER TEXT'
-      nats = score(packed.model).nats_per_token
+      nats = score(packed.model)
       say(f'  {format:<10} {activations:<5}  {nats:.5f}{note}')
   say(f'\ndone in {time.perf_counter() - started:.0f} s')
   return 0 if agree else 1

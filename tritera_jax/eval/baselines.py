@@ -3,9 +3,11 @@
 
 import gzip
 import lzma
+from pathlib import Path
 
 import numpy as np
 
+from tritera_jax.data import prepare, shards
 from tritera_jax.data.shards import TokenSource
 
 _CHUNK = 2**24  # tokens read at once
@@ -26,6 +28,18 @@ def unigram_bits_per_byte(train: TokenSource, held_out: TokenSource) -> float:
   counts = _counts(train) + 1
   log2_p = np.log2(counts / counts.sum())
   return float(-(_counts(held_out) * log2_p).sum() / held_out.bytes)
+
+
+def all_baselines(dataset: str | Path, split: str) -> dict[str, float]:
+  """Bits a byte of each baseline on a split; 'unigram' learns from 'train'."""
+  text = prepare.decode_split(dataset, split)
+  return {
+    'gzip -9': gzip_bits_per_byte(text),
+    'xz -9': xz_bits_per_byte(text),
+    'unigram': unigram_bits_per_byte(
+      shards.open_split(dataset, 'train'), shards.open_split(dataset, split)
+    ),
+  }
 
 
 def _counts(source: TokenSource) -> np.ndarray:

@@ -56,13 +56,35 @@ def held_out_loss(
   Raises:
     ValueError: sequence_length exceeds the context, or the stride exceeds it.
   """
+  windows = _windows(model, source, sequence_length, stride)
+  nats = loss.total_loss(model, windows, batch_size, progress)
+  return HeldOutLoss(nats, source.tokens, source.bytes)
+
+
+def head_loss(
+  model: Decoder,
+  source: TokenSource,
+  *,
+  tokens: int,
+  sequence_length: int,
+  stride: int | None = None,
+  batch_size: int = 16,
+  progress=iter,
+) -> float:
+  """Nats a token of the first `tokens` tokens: a quick look, to compare with.
+
+  Arguments and errors are `held_out_loss`'s.
+  """
+  windows = _windows(model, source, sequence_length, stride, tokens)
+  nats = loss.total_loss(model, windows, batch_size, progress)
+  return nats / float(windows[2].sum())
+
+
+def _windows(model, source, sequence_length, stride, limit_tokens=None):
   if sequence_length > model.config.context_length:
     raise ValueError(
       f'sequence_length={sequence_length} exceeds the context_length='
       f'{model.config.context_length} of the model'
     )
-  windows = loader.windows(
-    source, sequence_length, stride or max(1, sequence_length // 2)
-  )
-  nats = loss.total_loss(model, windows, batch_size, progress)
-  return HeldOutLoss(nats, source.tokens, source.bytes)
+  stride = stride or max(1, sequence_length // 2)
+  return loader.windows(source, sequence_length, stride, limit_tokens)

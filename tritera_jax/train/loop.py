@@ -104,9 +104,7 @@ class _Observer:
     if run.evaluate_every:
       source = shards.open_split(data.path, 'validation')
       T = data.sequence_length
-      windows = loader.windows(source, T, stride=T)
-      count = max(1, run.evaluate_tokens // T)
-      self.held_out = tuple(array[:count] for array in windows)
+      self.held_out = loader.windows(source, T, T, run.evaluate_tokens)
 
   def before_update(self, n: int, state: step.TrainState):
     model, run = self.experiment.model, self.experiment.run

@@ -1,0 +1,52 @@
+# SPDX-License-Identifier: Apache-2.0
+# Each target sets up .venv itself the first time. PYTHON=... picks the
+# interpreter; without it scripts/find-python looks where users have them.
+
+PYTHON ?=
+BIN := .venv/bin
+# When these change, the environment is installed anew.
+REQUIREMENTS := setup.cfg setup.py pyproject.toml
+
+.PHONY: help quickstart test check bench clean
+.DELETE_ON_ERROR:
+
+help:
+	@echo 'make quickstart   train a small ternary model on this machine, pack it, use it'
+	@echo 'make test         the whole test suite'
+	@echo 'make check        format, lint and types'
+	@echo 'make bench        time the kernels'
+	@echo 'make clean        remove the environment and the quickstart run'
+
+quickstart: .venv/core
+	@$(BIN)/python -m tritera_jax.quickstart
+
+test: .venv/test
+	@$(BIN)/python -m pytest
+
+check: .venv/test
+	$(BIN)/ruff check
+	$(BIN)/ruff format --check
+	$(BIN)/pyright
+
+bench: .venv/core
+	@$(BIN)/python kernels/bench/matmul.py
+
+clean:
+	rm -rf .venv runs/quickstart data/quickstart
+
+# An environment whose interpreter has gone is made anew.
+.venv/core: $(REQUIREMENTS) scripts/find-python
+	@python=$$(PYTHON='$(PYTHON)' scripts/find-python) && \
+	  if ! $(BIN)/python -c '' 2>/dev/null; then \
+	    echo "making .venv with $$python"; \
+	    rm -rf .venv && "$$python" -m venv .venv; \
+	  fi
+	@echo 'installing tritera_jax and what it needs (a minute or two)'
+	@$(BIN)/python -m pip install --quiet --disable-pip-version-check -e .
+	@touch $@
+
+.venv/test: .venv/core
+	@echo 'installing what the tests need (a minute or two)'
+	@$(BIN)/python -m pip install --quiet --disable-pip-version-check \
+	  -e '.[test]'
+	@touch $@
