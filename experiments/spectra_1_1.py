@@ -53,9 +53,7 @@ def trilm(size: str) -> Experiment:
       dtype='bfloat16',
     ),
     DataConfig('data/spectra-1.1', BATCH, SEQUENCE),
-    OptimizerConfig(
-      CosineSchedule(1.5e-3, warmup_steps=2000), epsilon=1e-5
-    ),
+    OptimizerConfig(CosineSchedule(1.5e-3, warmup_steps=2000), epsilon=1e-5),
     RunConfig(
       f'runs/spectra_1_1/trilm_{size}',
       TOKENS // (BATCH * SEQUENCE),

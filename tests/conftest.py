@@ -11,8 +11,14 @@ if _DEVICES not in os.environ.get('XLA_FLAGS', ''):
     f'{os.environ.get("XLA_FLAGS", "")} {_DEVICES}=8'.strip()
   )
 
+from pathlib import Path
+
 import jax
 import pytest
+
+from tests import tiny
+from tritera_jax.checkpoint import pack
+from tritera_jax.train import loop
 
 MACHINES = {'gpu': 'a machine with an NVIDIA GPU', 'tpu': 'a TPU'}
 
@@ -26,3 +32,18 @@ def pytest_collection_modifyitems(items):
             reason=f'runs on {machine}: JAX_PLATFORMS={marker} make test'
           )
         )
+
+
+@pytest.fixture(scope='session')
+def tiny_data(tmp_path_factory) -> Path:
+  return tiny.dataset(tmp_path_factory.mktemp('tiny') / 'data')
+
+
+@pytest.fixture(scope='session')
+def tiny_run(tiny_data) -> Path:
+  """A trained and packed run, to be read and not written."""
+  folder = tiny_data.parent / 'run'
+  loop.train(tiny.experiment(tiny_data, folder, 20), quiet=True)
+  for format in ('two_bit', 'base_three'):
+    pack.pack(folder, format)
+  return folder

@@ -8,7 +8,6 @@ import difflib
 import functools
 from pathlib import Path
 import sys
-from typing import Annotated
 
 import tqdm
 import tyro

@@ -31,9 +31,7 @@ def main(path: str = EXPERIMENT):
   experiment = experiment_lib.load(path)
   run = Path(experiment.run.folder)
   say = functools.partial(print, flush=True)
-  bar = functools.partial(
-    tqdm.tqdm, unit='batch', leave=False, mininterval=1
-  )
+  bar = functools.partial(tqdm.tqdm, unit='batch', leave=False, mininterval=1)
 
   say('\n1/5 prepare: the Python standard library, as tokens')
   summary = prepare.prepare(

@@ -4,6 +4,7 @@
 from typing import NamedTuple
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 
 from tritera_kernels import formats, testing
@@ -36,9 +37,7 @@ def diagnose() -> list[Diagnosis]:
       for activations in ACTIVATIONS:
         verdict, detail = _examine(implementation, format, activations)
         found.append(
-          Diagnosis(
-            implementation.name, format, activations, verdict, detail
-          )
+          Diagnosis(implementation.name, format, activations, verdict, detail)
         )
   return found
 
@@ -46,13 +45,14 @@ def diagnose() -> list[Diagnosis]:
 def _examine(implementation, format, activations) -> tuple[str, str]:
   packed, codes = testing.golden(format)
   x, _, _ = testing.problem(testing.Case(3, 7, 2))
+  tokens = jnp.asarray(x)
   platform = {'gpu': 'cuda'}.get(jax.default_backend(), jax.default_backend())
-  refusal = implementation.reason(x, packed, activations, platform)
+  refusal = implementation.reason(tokens, packed, activations, platform)
   if refusal is not None:
     return 'refused', refusal
   try:
     y = api.ternary_matmul(
-      jax.numpy.asarray(x),
+      tokens,
       packed,
       activations=activations,
       implementation=implementation.name,
@@ -70,7 +70,9 @@ def report() -> tuple[str, bool]:
   """A table of `diagnose`, and whether nothing was wrong."""
   device = jax.devices()[0]
   rows = diagnose()
-  lines = [f'{jax.device_count()} x {device.device_kind}, jax {jax.__version__}']
+  lines = [
+    f'{jax.device_count()} x {device.device_kind}, jax {jax.__version__}'
+  ]
   for row in rows:
     lines.append(
       f'{row.implementation:<12} {row.format:<11} {row.activations:<6} '

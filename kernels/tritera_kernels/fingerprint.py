@@ -43,7 +43,9 @@ def matrix_digest(
 
 
 def trit_fingerprint(
-  matrices: Iterable[tuple[str, Array, Array, ScaleAxis]],
+  matrices: Iterable[
+    tuple[str, Array | np.ndarray, Array | np.ndarray, ScaleAxis]
+  ],
 ) -> str:
   """Fingerprint of (name, codes [N, K], scale, scale_axis) in any order.
 

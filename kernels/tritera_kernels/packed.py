@@ -2,11 +2,11 @@
 """PackedTernary: a ternary matrix as bytes and scales."""
 
 import dataclasses
-from typing import Literal
+from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float32, Int8, UInt8
+from jaxtyping import Array, Float32, Int8
 import numpy as np
 
 from tritera_kernels import formats
@@ -31,18 +31,19 @@ class PackedTernary:
     * every byte is one that `format` at `layout_version` can produce.
 
   Attributes:
-    data: the bytes, row by row.
-    scale: one a block.
+    data: uint8 [N, row], the bytes row by row.
+    scale: float32 [blocks].
     shape: (N, K).
     scale_axis: 'out' or 'in'.
     format: name in `tritera_kernels.formats`.
     layout_version: of that format.
   """
 
-  data: UInt8[Array, 'N row']
-  scale: Float32[Array, ' blocks']
+  # Any: as a pytree it may also hold shapes, shardings or tracers.
+  data: Any
+  scale: Any
   shape: tuple[int, int] = dataclasses.field(metadata={'static': True})
-  scale_axis: ScaleAxis = dataclasses.field(metadata={'static': True})
+  scale_axis: str = dataclasses.field(metadata={'static': True})
   format: str = dataclasses.field(metadata={'static': True})
   layout_version: int = dataclasses.field(metadata={'static': True})
 
@@ -160,7 +161,7 @@ def check(packed: PackedTernary):
     raise ValueError('data has codes other than 0 past the end of a segment')
 
 
-def _check_blocks(shape: tuple[int, int], blocks: int, axis: ScaleAxis):
+def _check_blocks(shape: tuple[int, int], blocks: int, axis: str):
   if axis not in ('out', 'in'):
     raise ValueError(f"scale_axis={axis!r} must be 'out' or 'in'")
   length = shape[0 if axis == 'out' else 1]

@@ -37,11 +37,13 @@ def oracle_row(codes, format):
 def test_bytes_are_those_of_the_formulas(format, N, K, segments):
   codes = np.random.default_rng(K).integers(-1, 2, (N, K)).astype(np.int8)
   scale = jnp.linspace(0.5, 1.0, segments, dtype=jnp.float32)
-  got = packed.pack(
-    jnp.asarray(codes), scale, format=format, scale_axis='in'
-  )
+  got = packed.pack(jnp.asarray(codes), scale, format=format, scale_axis='in')
   want = [
-    sum((oracle_row(s, format) for s in np.split(row, segments)), [])
+    [
+      byte
+      for segment in np.split(row, segments)
+      for byte in oracle_row(segment, format)
+    ]
     for row in codes
   ]
   np.testing.assert_array_equal(got.data, want)
@@ -81,9 +83,7 @@ def test_a_two_bit_byte_is_valid_unless_it_holds_a_three():
 @pytest.mark.parametrize(('trits', 'bits'), [
   (1, 2), (3, 5), (5, 8), (4, 6), (10, 16), (6, 9),
 ])  # fmt: skip
-def test_the_fixed_point_fraction_is_lossless_iff_the_bits_suffice(
-  trits, bits
-):
+def test_the_fixed_point_fraction_is_lossless_iff_the_bits_suffice(trits, bits):
   """Theorem 1 of Spectra-1.1: 2^p > 3^k."""
   lossless = True
   for v in range(3**trits):
@@ -102,7 +102,5 @@ def test_the_fixed_point_fraction_is_lossless_iff_the_bits_suffice(
 ])  # fmt: skip
 def test_bits_a_weight(format, bits):
   codes = jnp.zeros((2560, 2560), jnp.int8)
-  matrix = packed.pack(
-    codes, jnp.ones(1), format=format, scale_axis='out'
-  )
+  matrix = packed.pack(codes, jnp.ones(1), format=format, scale_axis='out')
   assert matrix.bits_per_weight == pytest.approx(bits, abs=1e-5)

@@ -17,16 +17,17 @@ FORMATS = ['two_bit', 'base_three']
 @pytest.mark.parametrize('format', FORMATS)
 @pytest.mark.parametrize('case', testing.CASES)
 def test_the_reference(case, format, activations):
-  testing.check(
-    reference.REFERENCE, testing.CASES[case], format, activations
-  )
+  testing.check(reference.REFERENCE, testing.CASES[case], format, activations)
 
 
 def example(format='two_bit', **fields):
   case = testing.Case(**{'M': 3, 'K': 40, 'N': 12, **fields})
   x, codes, scale = testing.problem(case)
   matrix = packed.pack(
-    jnp.asarray(codes), scale, format=format, scale_axis=case.scale_axis
+    jnp.asarray(codes),
+    jnp.asarray(scale),
+    format=format,
+    scale_axis=case.scale_axis,
   )
   return jnp.asarray(x), matrix, (x, codes, scale)
 
@@ -104,8 +105,10 @@ def two_more(monkeypatch):
     del packed, activations
     return f'M={x.shape[0]} is not 1' if x.shape[0] != 1 else None
 
-  marked = lambda value: lambda x, packed, activations: jnp.full(
-    (x.shape[0], packed.shape[0]), value, x.dtype
+  marked = lambda value: (
+    lambda x, packed, activations: jnp.full(
+      (x.shape[0], packed.shape[0]), value, x.dtype
+    )
   )
   monkeypatch.setattr(
     api,
@@ -186,3 +189,10 @@ def test_the_weights_change_without_recompiling():
   fn(x, matrix)
   fn(x, dataclasses.replace(matrix, scale=matrix.scale * 2))
   assert fn._cache_size() == 1
+
+
+@pytest.mark.parametrize('position', [0, 17, 767])
+def test_a_nan_anywhere_in_a_token_makes_its_scale_nan(position):
+  x = jnp.ones((9, 768)).at[4, position].set(jnp.nan)
+  _, scale = jax.jit(reference.quantize_activations)(x)
+  assert np.isnan(scale).tolist() == [row == 4 for row in range(9)]

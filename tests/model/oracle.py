@@ -67,8 +67,12 @@ def decoder(config, params, tokens):
         v[:, kv * h : (kv + 1) * h],
       )
       if config.qk_norm:
-        q_Th = rms_norm(q_Th, gain(layer, 'q_norm', 'attention'), config.norm_eps)
-        k_Th = rms_norm(k_Th, gain(layer, 'k_norm', 'attention'), config.norm_eps)
+        q_Th = rms_norm(
+          q_Th, gain(layer, 'q_norm', 'attention'), config.norm_eps
+        )
+        k_Th = rms_norm(
+          k_Th, gain(layer, 'k_norm', 'attention'), config.norm_eps
+        )
       q_Th, k_Th = rope(q_Th, config.rope_theta), rope(k_Th, config.rope_theta)
       out = np.zeros((T, h))
       for t in range(T):

@@ -90,9 +90,7 @@ def test_the_effective_float_model_computes_the_same(name):
   effective = quantized.effective_params(config, params)
   twin = dataclasses.replace(config, family='float')
   got, _ = decoder.bind(twin, effective)(tokens)
-  np.testing.assert_allclose(
-    got, want, atol=1e-5 * float(jnp.abs(want).max())
-  )
+  np.testing.assert_allclose(got, want, atol=1e-5 * float(jnp.abs(want).max()))
 
 
 def test_bfloat16_compute_keeps_float32_latents_and_logits():

@@ -19,6 +19,7 @@ def test_forward_and_gradients_are_the_papers(family, axis, blocks, dtype):
   w_KN = (0.02 * rng.standard_normal((96, 48))).astype(np.float32)
   # Some latents beyond the clipping range: they keep their gradient.
   w_KN[:3] *= 10
+  w_KN = jnp.asarray(w_KN)
   x = jnp.asarray(rng.standard_normal((2, 5, 96)), dtype)
   dy = jnp.asarray(rng.standard_normal((2, 5, 48)), dtype)
 
@@ -31,7 +32,7 @@ def test_forward_and_gradients_are_the_papers(family, axis, blocks, dtype):
   dx, dw = pullback(dy)
   assert y.dtype == dx.dtype == dtype and dw.dtype == jnp.float32
 
-  _, effective, _ = ORACLES[family](w_KN.T, blocks, axis)
+  _, effective, _ = ORACLES[family](np.asarray(w_KN).T, blocks, axis)
   wide = [np.asarray(a, np.float64).reshape(10, -1) for a in (x, dy)]
   want_y, want_dx, want_dw = oracle.layer(wide[0], effective, wide[1])
 
@@ -48,7 +49,6 @@ def test_forward_and_gradients_are_the_papers(family, axis, blocks, dtype):
 
 
 def test_nan_latents_reach_the_output():
-  w_KN = np.ones((4, 2), np.float32)
-  w_KN[0, 0] = np.nan
+  w_KN = jnp.ones((4, 2)).at[0, 0].set(jnp.nan)
   y = layers.straight_through_matmul(jnp.ones((1, 4)), w_KN, family='ternary')
   assert np.isnan(y).all()

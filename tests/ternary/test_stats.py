@@ -1,4 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
+import jax.numpy as jnp
 import numpy as np
 import pytest
 
@@ -13,7 +14,7 @@ def test_statistics_are_those_counted_by_hand():
   before, _, _ = oracle.ternary(w_KN.T, 2, 'out')
   codes, _, gammas = oracle.ternary((w_KN + step_KN).T, 2, 'out')
   got = stats.matrix_stats(
-    w_KN + step_KN, before.T.astype(np.int8), 2, 'out'
+    jnp.asarray(w_KN + step_KN), jnp.asarray(before.T, jnp.int8), 2, 'out'
   )
   threshold = np.repeat(gammas, 24)[None, :] / 2
   near = np.abs(np.abs(w_KN + step_KN) - threshold) < 0.1 * threshold

@@ -2,8 +2,8 @@
 import dataclasses
 
 import jax
-from jax.sharding import PartitionSpec
 import jax.numpy as jnp
+from jax.sharding import PartitionSpec
 import numpy as np
 import pytest
 
@@ -24,9 +24,7 @@ MODEL = dataclasses.replace(
 EXPERIMENT = Experiment(
   MODEL,
   DataConfig('unused', batch_size=8, sequence_length=16),
-  OptimizerConfig(
-    TriLMSchedule(3e-3, 2e-3, warmup_steps=3, weight_decay=0.1)
-  ),
+  OptimizerConfig(TriLMSchedule(3e-3, 2e-3, warmup_steps=3, weight_decay=0.1)),
   RunConfig('unused', steps=12),
 )
 

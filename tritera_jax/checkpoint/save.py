@@ -69,9 +69,7 @@ def write_experiment(experiment: Experiment, folder: Path):
     'experiment': json.loads(text),
     'digest': hashlib.sha256(text.encode()).hexdigest(),
     'commit': _git_commit(),
-    'versions': {
-      name: importlib.metadata.version(name) for name in _PACKAGES
-    },
+    'versions': {name: importlib.metadata.version(name) for name in _PACKAGES},
     'devices': f'{jax.device_count()} x {jax.devices()[0].device_kind}',
   }
   partial = file.with_suffix('.partial')

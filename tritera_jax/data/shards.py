@@ -172,9 +172,7 @@ class TokenSource:
     self.documents = sum(shard.documents for shard in shards)
     self.bytes = sum(shard.bytes for shard in shards)
     self._starts = np.cumsum([0] + [shard.tokens for shard in shards])
-    context = ts.Context(
-      {'cache_pool': {'total_bytes_limit': _CACHE_BYTES}}
-    )
+    context = ts.Context({'cache_pool': {'total_bytes_limit': _CACHE_BYTES}})
     self._arrays = [self._open(shard, context) for shard in shards]
 
   def _open(self, shard: Shard, context: ts.Context) -> ts.TensorStore:

@@ -74,8 +74,9 @@ def _generate(
   first_B = choose(last_BV, 0)
   out_BN = jnp.full((B, new_tokens), stop, jnp.int32).at[:, 0].set(first_B)
   _, _, _, out_BN, _ = jax.lax.while_loop(
-    lambda carry: (carry[0] < new_tokens)
-    & ~jnp.all(carry[2] | (carry[1] == stop)),
+    lambda carry: (
+      (carry[0] < new_tokens) & ~jnp.all(carry[2] | (carry[1] == stop))
+    ),
     body,
     (jnp.int32(1), first_B, jnp.zeros((B,), bool), out_BN, cache),
   )

@@ -27,9 +27,7 @@ class PackedLinear(nnx.Module):
     )
 
 
-def bind(
-  model: PackedModel, activations: Activations | None = None
-) -> Decoder:
+def bind(model: PackedModel, activations: Activations | None = None) -> Decoder:
   """The module that computes with a packed model, one leaf per layer.
 
   Args:

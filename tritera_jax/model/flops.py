@@ -44,7 +44,7 @@ def size_bits(config: ModelConfig) -> float:
   return linear_parameters(config) * PAPER_BITS[config.family] + rest * 16
 
 
-def training_flops_per_token(config: ModelConfig) -> float:
+def training_flops_per_token(config: ModelConfig) -> int:
   """Multiply-adds as two, forward and backward: 6 a weight of each matmul.
 
   Attention adds 6 L T H h: causal, so half of the T x T products of q k^T

@@ -108,9 +108,7 @@ class FloatLinear(nnx.Module):
       axes=axes,
     )
 
-  def __call__(
-    self, x: Float[Array, '*batch K']
-  ) -> Float[Array, '*batch N']:
+  def __call__(self, x: Float[Array, '*batch K']) -> Float[Array, '*batch N']:
     return jnp.dot(x, self.kernel[...].astype(x.dtype))
 
 
@@ -136,16 +134,12 @@ class QuantizedLinear(FloatLinear):
     super().__init__(
       in_features, out_features, axes=axes, init_std=init_std, rngs=rngs
     )
-    quantize.check_blocks(
-      (in_features, out_features), scale_blocks, scale_axis
-    )
+    quantize.check_blocks((in_features, out_features), scale_blocks, scale_axis)
     self.family = family
     self.scale_blocks = scale_blocks
     self.scale_axis = scale_axis
 
-  def __call__(
-    self, x: Float[Array, '*batch K']
-  ) -> Float[Array, '*batch N']:
+  def __call__(self, x: Float[Array, '*batch K']) -> Float[Array, '*batch N']:
     return straight_through_matmul(
       x,
       self.kernel[...],

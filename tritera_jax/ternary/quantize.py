@@ -20,7 +20,6 @@ Shapes: K inputs, N outputs, S scale blocks; `n` is the blocked axis.
 
 from typing import Literal
 
-import jax
 from jax import lax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Float32, Int8
@@ -46,9 +45,7 @@ def per_entry(
 def check_blocks(shape: tuple[int, int], blocks: int, axis: ScaleAxis):
   """Raises ValueError unless `blocks` scales fit a [K, N] matrix."""
   inputs, outputs = shape
-  length, reduced = (
-    (outputs, inputs) if axis == 'out' else (inputs, outputs)
-  )
+  length, reduced = (outputs, inputs) if axis == 'out' else (inputs, outputs)
   if blocks < 1 or length % blocks:
     raise ValueError(
       f'scale_blocks={blocks} does not divide the {axis} axis of length '
@@ -71,9 +68,11 @@ def _block_mean(
   exponent: the rounding is below 2^-24 of the block's largest value.
   """
   reduced = 0 if axis == 'out' else 1
-  peak_n = jnp.max(jnp.abs(v_KN), axis=reduced)
-  peak_S = jnp.max(peak_n.reshape(blocks, -1), axis=1)
-  exponent_S = lax.bitcast_convert_type(peak_S, jnp.int32) >> 23
+  # As integers, the bits of |v| are in the order of |v|, with NaN the largest;
+  # a float maximum drops NaN on some backends.
+  bits_KN = lax.bitcast_convert_type(jnp.abs(v_KN), jnp.int32)
+  peak_n = jnp.max(bits_KN, axis=reduced)
+  exponent_S = jnp.max(peak_n.reshape(blocks, -1), axis=1) >> 23
   finite_S = exponent_S < 255  # NaN and infinity have all exponent bits set
   # 2^(149 - exponent), at most 2^90: finer values cannot matter beside eps.
   grid_S = lax.bitcast_convert_type(

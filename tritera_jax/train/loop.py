@@ -134,9 +134,7 @@ class _Observer:
       self.codes_before = None
     if evaluated:
       model = decoder.bind(experiment.model, state.params)
-      nats = loss.total_loss(
-        model, self.held_out, experiment.data.batch_size
-      )
+      nats = loss.total_loss(model, self.held_out, experiment.data.batch_size)
       record['held_out_loss'] = nats / float(self.held_out[2].sum())
     self.file.write(record)
     self.bar.set_postfix_str(metrics.line(record), refresh=False)

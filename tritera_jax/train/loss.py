@@ -21,9 +21,7 @@ def token_losses(
   logits_BTV: Float32[Array, 'B T V'], targets_BT: Int32[Array, 'B T']
 ) -> Float32[Array, 'B T']:
   """Loss of each target in nats. The padded rows of V count as tokens."""
-  return optax.softmax_cross_entropy_with_integer_labels(
-    logits_BTV, targets_BT
-  )
+  return optax.softmax_cross_entropy_with_integer_labels(logits_BTV, targets_BT)
 
 
 @functools.partial(jax.jit, static_argnums=0)

@@ -24,12 +24,12 @@ class MetricsFile:
     kept = [r for r in read(folder) if r['step'] <= from_step]
     self.path.write_text(''.join(json.dumps(r) + '\n' for r in kept))
 
-  def write(self, record: dict[str, float]):
+  def write(self, record: dict):
     with self.path.open('a') as file:
       file.write(json.dumps(record) + '\n')
 
 
-def read(folder: str | Path) -> list[dict[str, float]]:
+def read(folder: str | Path) -> list[dict]:
   """The records of a run so far; a line cut by a crash is left out."""
   path = Path(folder) / 'metrics.jsonl'
   if not path.exists():
@@ -84,8 +84,7 @@ def line(record: dict) -> str:
     parts.append(f'{record["tokens_per_second"]:,.0f} tok/s')
   if 'zero_fraction' in record:
     parts.append(
-      f'zeros {record["zero_fraction"]:.1%} '
-      f'flips {record["flip_fraction"]:.2%}'
+      f'zeros {record["zero_fraction"]:.1%} flips {record["flip_fraction"]:.2%}'
     )
   return ', '.join(parts)
 

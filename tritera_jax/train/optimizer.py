@@ -2,13 +2,13 @@
 """AdamW with gradient clipping, under a schedule of both rates."""
 
 import jax
+from jaxtyping import PyTree
 import optax
 
 from tritera_jax.experiment import OptimizerConfig
-from tritera_jax.model.decoder import Params
 
 
-def decayed(params: Params) -> Params:
+def decayed(params: PyTree) -> PyTree[bool]:
   """True for matrices; norm gains are not decayed."""
 
   def is_matrix(path, leaf):

@@ -11,7 +11,6 @@ import optax
 
 from tritera_jax.experiment import Experiment
 from tritera_jax.model import decoder
-from tritera_jax.model.decoder import Params
 from tritera_jax.parallel import rules
 from tritera_jax.train import loss, optimizer
 
@@ -24,7 +23,7 @@ class TrainState(NamedTuple):
   """
 
   step: Int32[Array, '']
-  params: Params
+  params: PyTree
   opt_state: PyTree
 
 
@@ -75,9 +74,7 @@ def jitted(experiment: Experiment, mesh: Mesh):
 
 def init_state(experiment: Experiment) -> TrainState:
   """The state before the first update; a pure function of run.seed."""
-  params = decoder.init(
-    experiment.model, jax.random.key(experiment.run.seed)
-  )
+  params = decoder.init(experiment.model, jax.random.key(experiment.run.seed))
   update = optimizer.make(experiment.optimizer, experiment.run.steps)
   return TrainState(jnp.int32(0), params, update.init(params))
 

@@ -11,7 +11,7 @@ from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float
+from jaxtyping import Array, Float, Shaped
 
 from tritera_kernels.matmul import reference
 from tritera_kernels.matmul.implementation import (
@@ -65,10 +65,10 @@ def plan(
 
 
 def ternary_matmul(
-  x: Float[Array, '*batch K'],
+  x: Shaped[Array, '*batch K'],
   packed: PackedTernary,
   *,
-  activations: Activations,
+  activations: str,
   implementation: str | None = None,
 ) -> Float[Array, '*batch N']:
   """x (scale * codes)^T for packed codes [N, K]: see `reference.run`.

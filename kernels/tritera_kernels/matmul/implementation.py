@@ -3,7 +3,7 @@
 
 from collections.abc import Callable
 import dataclasses
-from typing import Literal, Protocol
+from typing import Literal
 
 import jax
 
@@ -13,15 +13,9 @@ Activations = Literal['float', 'int8']
 Platform = Literal['cpu', 'cuda', 'rocm', 'tpu']
 
 
-class Refuses(Protocol):
-  """Why an implementation cannot serve a call; None if it can.
-
-  Decided while tracing, from shapes, dtypes and static fields alone.
-  """
-
-  def __call__(
-    self, x: jax.Array, packed: PackedTernary, activations: Activations
-  ) -> str | None: ...
+# Why an implementation cannot serve (x, packed, activations); None if it can.
+# Decided while tracing, from shapes, dtypes and static fields alone.
+type Refuses = Callable[[jax.Array, PackedTernary, Activations], str | None]
 
 
 def never(x, packed, activations) -> None:

@@ -28,11 +28,13 @@ def quantize_activations(
   """int8 activations with one scale a token: x is near q * scale.
 
   With absmax = max |x| over a token, in float32: q = round_half_even(x *
-  (127 / absmax)), scale = absmax * float32(1 / 127). A token with absmax < 1e-30 has q = 0
-  and scale 0; one with a NaN or an infinity has scale NaN.
+  (127 / absmax)), scale = absmax * float32(1 / 127). A token with absmax <
+  1e-30 has q = 0 and scale 0; one with a NaN or an infinity has scale NaN.
   """
   x_MK = x_MK.astype(jnp.float32)
-  absmax_M = jnp.max(jnp.abs(x_MK), axis=1)
+  # The maximum of the bits: a float maximum drops NaN on some backends.
+  bits_MK = jax.lax.bitcast_convert_type(jnp.abs(x_MK), jnp.int32)
+  absmax_M = jax.lax.bitcast_convert_type(jnp.max(bits_MK, axis=1), jnp.float32)
   finite_M = jnp.isfinite(absmax_M)
   zero_M = absmax_M < SMALLEST_ABSMAX
   usable_M = jnp.where(finite_M & ~zero_M, absmax_M, 1.0)

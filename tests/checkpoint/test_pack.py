@@ -1,0 +1,148 @@
+# SPDX-License-Identifier: Apache-2.0
+import dataclasses
+import json
+import shutil
+import struct
+
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import safetensors
+import safetensors.numpy
+
+from tests.ternary import oracle
+from tritera_jax.checkpoint import pack, restore
+from tritera_kernels import fingerprint
+
+FORMATS = ['two_bit', 'base_three']
+
+
+def oracle_matrices(config, params):
+  """Names, codes [N, K], scales and axes by the NumPy oracle."""
+  for name in ('attention.q', 'attention.k', 'attention.v', 'attention.o',
+               'mlp.gate', 'mlp.up', 'mlp.down'):  # fmt: skip
+    part, leaf = name.split('.')
+    stacked = np.asarray(params['layers'][part][leaf]['kernel'])
+    axis = 'in' if leaf in ('o', 'down') else 'out'
+    for layer in range(config.layers):
+      codes, _, scale = oracle.ternary(
+        stacked[layer].T, config.scale_blocks, axis
+      )
+      yield f'layers.{layer}.{name}', codes.astype(np.int8), scale, axis
+
+
+def test_latents_and_both_formats_hold_the_same_codes_and_scales(tiny_run):
+  experiment, params = restore.restore_params(tiny_run)
+  latent = pack.latent_fingerprint(experiment.model, params)
+  models = [pack.read(tiny_run / 'packed' / f) for f in FORMATS]
+  assert {m.fingerprint for m in models} == {latent}
+  wanted = list(oracle_matrices(experiment.model, params))
+  for model in models:
+    assert sorted(model.matrices) == sorted(name for name, *_ in wanted)
+    for name, codes, scale, axis in wanted:
+      got_codes, got_scale = pack.packed.unpack(model.matrices[name])
+      np.testing.assert_array_equal(got_codes, codes)
+      np.testing.assert_allclose(got_scale, scale, rtol=3e-7)
+      assert model.matrices[name].scale_axis == axis
+  # The fingerprint sees codes alone and their order: the oracle's, with the
+  # scales that were read, gives the same.
+  again = fingerprint.trit_fingerprint(
+    (name, codes, np.asarray(models[0].matrices[name].scale), axis)
+    for name, codes, _, axis in wanted
+  )
+  assert again == latent
+
+
+@pytest.fixture
+def folder(tiny_run, tmp_path):
+  return shutil.copytree(tiny_run / 'packed' / 'two_bit', tmp_path / 'packed')
+
+
+def rewrite(folder, metadata=None, tensors=None):
+  """The file with metadata or tensors changed."""
+  file = folder / 'model.safetensors'
+  with safetensors.safe_open(file, framework='np') as opened:
+    old = opened.metadata()
+    arrays = {name: opened.get_tensor(name) for name in opened}
+  arrays.update(tensors or {})
+  arrays = {k: v for k, v in arrays.items() if v is not None}
+  safetensors.numpy.save_file(arrays, file, {**old, **(metadata or {})})
+  return arrays
+
+
+Q = 'layers.0.attention.q.packed'
+
+
+@pytest.mark.parametrize(
+  ('metadata', 'message'),
+  [
+    ({'kind': 'gguf'}, "kind='gguf', wanted 'tritera-packed'"),
+    ({'version': '9'}, "version='9', wanted '1'"),
+    ({'format': 'five_bit'}, "format='five_bit' is unknown"),
+    ({'layout_version': '2'}, "layout_version='2', wanted '1'"),
+    ({'activations': 'int4'}, "activations='int4', wanted 'float' or 'int8'"),
+    ({'model': '{}'}, 'metadata model: (.|\n)*family'),
+    ({'fingerprint': 'trits1:00'}, 'metadata says trits1:00'),
+    ({'format': 'base_three'}, 'tensor layers.0.attention.k.packed: shape'),
+  ],
+)
+def test_metadata_that_lies_is_refused(folder, metadata, message):
+  rewrite(folder, metadata)
+  with pytest.raises(ValueError, match=message):
+    pack.read(folder)
+
+
+def test_a_damaged_tensor_is_refused(folder):
+  arrays = rewrite(folder)
+  impossible = arrays[Q].copy()
+  impossible[0, 0] = 0xFF
+  rewrite(folder, tensors={Q: impossible})
+  with pytest.raises(ValueError, match=r'attention.q: data\[0, 0\]=255 is no'):
+    pack.read(folder)
+  flipped = arrays[Q].copy()
+  flipped[0, 0] = 0x55 if flipped[0, 0] != 0x55 else 0x54
+  rewrite(folder, tensors={Q: flipped})
+  with pytest.raises(ValueError, match='the file is damaged: pack again'):
+    pack.read(folder)
+  rewrite(folder, tensors={Q: arrays[Q][:-1]})
+  with pytest.raises(ValueError, match='attention.q.packed: shape'):
+    pack.read(folder)
+  rewrite(folder, tensors={Q: None})
+  with pytest.raises(ValueError, match='attention.q.packed: shape missing'):
+    pack.read(folder)
+  rewrite(folder, tensors={Q: arrays[Q], 'more': arrays['norm']})
+  with pytest.raises(ValueError, match='tensor more: shape .* none by its'):
+    pack.read(folder)
+
+
+def test_a_file_cut_short_or_with_a_lying_header_is_refused(folder):
+  file = folder / 'model.safetensors'
+  whole = file.read_bytes()
+  for cut in (0, 4, 100, len(whole) - 1):
+    file.write_bytes(whole[:cut])
+    with pytest.raises(ValueError, match='not a whole safetensors file'):
+      pack.read(folder)
+  file.write_bytes(struct.pack('<Q', 2**60) + whole[8:])
+  with pytest.raises(ValueError, match='not a whole safetensors file'):
+    pack.read(folder)
+
+
+def test_only_a_finite_ternary_model_is_packed(tiny_run):
+  experiment, params = restore.restore_params(tiny_run)
+  twin = dataclasses.replace(experiment.model, family='float')
+  with pytest.raises(ValueError, match="family='float' cannot be packed"):
+    pack.pack_model(twin, params, format='two_bit')
+  kernel = params['layers']['mlp']['up']['kernel']
+  params['layers']['mlp']['up']['kernel'] = kernel.at[1, 3, 3].set(jnp.nan)
+  with pytest.raises(ValueError, match='layers.1.mlp.up has scale'):
+    pack.pack_model(experiment.model, params, format='two_bit')
+
+
+def test_the_metadata_is_what_the_docstring_says(tiny_run):
+  file = tiny_run / 'packed' / 'base_three' / 'model.safetensors'
+  with safetensors.safe_open(file, framework='np') as opened:
+    metadata = opened.metadata()
+    assert opened.get_slice(Q).get_shape() == [48, 10]
+  assert metadata['kind'] == 'tritera-packed'
+  assert metadata['layout_version'] == '1'
+  assert json.loads(metadata['model'])['d_model'] == 48

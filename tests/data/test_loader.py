@@ -1,0 +1,92 @@
+# SPDX-License-Identifier: Apache-2.0
+import itertools
+
+import numpy as np
+import pytest
+
+from tritera_jax.data import loader, shards
+
+
+@pytest.fixture
+def source(tmp_path) -> shards.TokenSource:
+  """Tokens 0..99 over three shards: a token is its own position."""
+  entries = [
+    shards.write_shard(
+      tmp_path, f'train/{i:05}', np.arange(a, b, dtype=np.uint16),
+      np.array([b - a]), b - a,
+    )
+    for i, (a, b) in enumerate([(0, 33), (33, 34), (34, 100)])
+  ]  # fmt: skip
+  shards.write_manifest(
+    tmp_path,
+    shards.Manifest('none', 200, 199, 'uint16', {'train': entries}, {}),
+  )
+  return shards.open_split(tmp_path, 'train')
+
+
+def test_reading_crosses_shards(source):
+  for start, stop in ((0, 100), (30, 40), (33, 34), (50, 50), (99, 100)):
+    np.testing.assert_array_equal(
+      source.read(start, stop), np.arange(start, stop)
+    )
+  with pytest.raises(IndexError, match='tokens 90..101 of a split of 100'):
+    source.read(90, 101)
+
+
+def make(source, seed=0, batch_size=4):
+  return loader.batches(
+    source, batch_size=batch_size, sequence_length=8, seed=seed
+  )
+
+
+def test_every_window_comes_once_an_epoch_in_a_new_order(source):
+  # Windows of 9 tokens that start every 8: (100 - 1) // 8 = 12 of them.
+  batches = make(source)
+  epochs = []
+  for epoch in range(3):
+    rows = np.concatenate([batches[3 * epoch + i]['tokens'] for i in range(3)])
+    assert rows.dtype == np.int32 and rows.shape == (12, 9)
+    np.testing.assert_array_equal(rows - rows[:, :1], [np.arange(9)] * 12)
+    assert sorted(rows[:, 0]) == list(range(0, 96, 8))
+    epochs.append(tuple(rows[:, 0]))
+  assert len(set(epochs)) == 3
+
+
+def test_batch_n_is_a_function_of_seed_and_n(source):
+  first, again, other = make(source), make(source), make(source, seed=1)
+  for n in (0, 5, 1000, 2**31):
+    np.testing.assert_array_equal(first[n]['tokens'], again[n]['tokens'])
+  assert any((first[n]['tokens'] != other[n]['tokens']).any() for n in range(3))
+  got = itertools.islice(loader.iterate(first, 7), 10)
+  for n, batch in enumerate(got, 7):
+    np.testing.assert_array_equal(batch['tokens'], first[n]['tokens'])
+
+
+def test_a_split_shorter_than_a_window_is_refused(source):
+  with pytest.raises(ValueError, match='needs at least 101 tokens'):
+    loader.batches(source, batch_size=1, sequence_length=100, seed=0)
+
+
+@pytest.mark.parametrize(('T', 'stride'), [
+  (8, 8), (8, 4), (8, 1), (16, 5), (100, 50), (128, 64), (99, 3),
+])  # fmt: skip
+@pytest.mark.parametrize('limit', [None, 50, 1])
+def test_evaluation_scores_every_token_once_with_enough_context(
+  source, T, stride, limit
+):
+  inputs, targets, weights = loader.windows(source, T, stride, limit)
+  assert inputs.shape == targets.shape == weights.shape
+  scored = [
+    (int(targets[w, t]), t)
+    for w, t in np.argwhere(weights > 0)
+  ]  # fmt: skip
+  assert [token for token, _ in scored] == list(range(limit or 100))
+  assert all(t >= min(token, T - stride) for token, t in scored)
+  for w, t in np.argwhere(weights > 0):
+    before = [199, *range(100)][: targets[w, t] + 1]
+    np.testing.assert_array_equal(inputs[w, : t + 1], before[-(t + 1) :])
+
+
+def test_a_stride_past_the_window_is_refused(source):
+  with pytest.raises(ValueError, match=r'stride=9 must lie in 1..'):
+    loader.windows(source, 8, 9)
