@@ -24,6 +24,7 @@ from tritera_jax.experiment import (
   RunConfig,
 )
 from tritera_jax.model.config import ModelConfig
+from tritera_jax.ternary.quantize import Family
 from tritera_jax.ternary.schedule import CosineSchedule, TriLMSchedule
 
 TOKENS = 300 * 10**9
@@ -42,7 +43,11 @@ SIZES = {
   '2.4b': (2304, 7680, 36, 64, 30, 3, 2.0e-4, 1.2e-3, 8.0e-4),
   '3.9b': (3072, 9216, 24, 128, 30, 6, 1.5e-4, 1.2e-3, 8.0e-4),
 }
-FAMILIES = {'trilm': 'ternary', 'floatlm': 'float', 'bilm': 'binary'}
+FAMILIES: dict[str, Family] = {
+  'trilm': 'ternary',
+  'floatlm': 'float',
+  'bilm': 'binary',
+}
 BILM_SIZES = ('99m', '560m', '1.1b')
 
 

@@ -8,17 +8,26 @@ import difflib
 import functools
 from pathlib import Path
 import sys
+from typing import Literal
 
 import tqdm
 import tyro
 
 Positional = tyro.conf.Positional
+Activations = Literal['float', 'int8']
 
 
 def _prepare(args: list[str]):
   from tritera_jax.data import prepare
 
-  print(tyro.cli(prepare.prepare, args=args, prog='tritera prepare'))
+  print(
+    tyro.cli(
+      prepare.prepare,
+      args=args,
+      prog='tritera prepare',
+      config=(tyro.conf.PositionalRequiredArgs,),
+    )
+  )
 
 
 def _resolve(verb: str, args: list[str]):
@@ -60,7 +69,7 @@ def _eval(args: list[str]):
     sequence_length: int | None = None,
     stride: int | None = None,
     batch_size: int = 16,
-    activations: str | None = None,
+    activations: Activations | None = None,
     baselines: bool = False,
   ):
     """Loss of a run or a packed model on a split of a dataset folder.
@@ -109,9 +118,9 @@ def _pack(args: list[str]):
 
   def run(
     run: Positional[Path],
-    format: str = 'two_bit',
+    format: Literal['two_bit', 'base_three'] = 'two_bit',
     step: int | None = None,
-    activations: str = 'float',
+    activations: Activations = 'float',
   ):
     """Packs a run's ternary weights into RUN/packed/FORMAT.
 
@@ -139,7 +148,7 @@ def _generate(args: list[str]):
     top_k: int = 0,
     top_p: float = 1.0,
     seed: int = 0,
-    activations: str | None = None,
+    activations: Activations | None = None,
   ):
     """Continues a prompt.
 

@@ -160,8 +160,10 @@ def load(path: str) -> Experiment:
   """
   file, _, name = path.partition('.py:')
   file = Path(file if not name else file + '.py')
-  if not file.is_file():
-    raise FileNotFoundError(f'no experiment file {file}')
+  if file.suffix != '.py' or not file.is_file():
+    raise FileNotFoundError(
+      f'no experiment file {file} (a .py file, or file.py:name)'
+    )
   module = _load_module(file)
   if hasattr(module, 'sweep'):
     sweep = module.sweep()
@@ -181,6 +183,7 @@ def load(path: str) -> Experiment:
 
 def _load_module(file: Path) -> types.ModuleType:
   spec = importlib.util.spec_from_file_location(file.stem, file)
+  assert spec is not None and spec.loader is not None  # it ends in .py
   module = importlib.util.module_from_spec(spec)
   spec.loader.exec_module(module)
   return module

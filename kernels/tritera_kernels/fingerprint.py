@@ -19,8 +19,6 @@ import hashlib
 from jaxtyping import Array, Float32, Int8
 import numpy as np
 
-from tritera_kernels.packed import ScaleAxis
-
 PREFIX = 'trits1:'
 
 
@@ -28,7 +26,7 @@ def matrix_digest(
   name: str,
   codes_NK: Int8[Array | np.ndarray, 'N K'],
   scale: Float32[Array | np.ndarray, ' blocks'],
-  scale_axis: ScaleAxis,
+  scale_axis: str,
 ) -> bytes:
   """SHA-256 of one matrix."""
   N, K = codes_NK.shape
@@ -43,9 +41,7 @@ def matrix_digest(
 
 
 def trit_fingerprint(
-  matrices: Iterable[
-    tuple[str, Array | np.ndarray, Array | np.ndarray, ScaleAxis]
-  ],
+  matrices: Iterable[tuple[str, Array | np.ndarray, Array | np.ndarray, str]],
 ) -> str:
   """Fingerprint of (name, codes [N, K], scale, scale_axis) in any order.
 
@@ -53,10 +49,10 @@ def trit_fingerprint(
     ValueError: two matrices have one name.
   """
   digests = {}
-  for name, *matrix in matrices:
+  for name, codes_NK, scale, scale_axis in matrices:
     if name in digests:
       raise ValueError(f'two matrices are called {name!r}')
-    digests[name] = matrix_digest(name, *matrix)
+    digests[name] = matrix_digest(name, codes_NK, scale, scale_axis)
   whole = hashlib.sha256()
   for name in sorted(digests, key=str.encode):
     whole.update(digests[name])

@@ -75,7 +75,7 @@ def pack(
   scale: Float32[Array, ' blocks'],
   *,
   format: str,
-  scale_axis: ScaleAxis,
+  scale_axis: str,
 ) -> PackedTernary:
   """Packs codes; the inverse of `unpack`.
 

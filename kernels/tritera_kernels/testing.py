@@ -114,7 +114,7 @@ def expected_int8(x, codes, scale, scale_axis: ScaleAxis):
 
 
 def check(
-  implementation: Implementation | str,
+  implementation: Implementation,
   case: Case,
   format: str,
   activations: Activations,
@@ -124,7 +124,6 @@ def check(
   Raises:
     AssertionError: the result is wrong: which entry, and by how much.
   """
-  name = getattr(implementation, 'name', implementation)
   x, codes, scale = problem(case)
   packed = packed_lib.pack(
     jnp.asarray(codes),
@@ -134,7 +133,7 @@ def check(
   )
   y = jax.jit(
     lambda x, packed: api.ternary_matmul(
-      x, packed, activations=activations, implementation=name
+      x, packed, activations=activations, implementation=implementation.name
     )
   )(x, packed)
   compare(np.asarray(y), x, codes, scale, case.scale_axis, activations)

@@ -17,7 +17,7 @@ import dataclasses
 import json
 from pathlib import Path
 import shutil
-from typing import Literal
+from typing import Literal, NoReturn
 
 import jax
 import jax.numpy as jnp
@@ -193,7 +193,7 @@ def _read_file(file: Path) -> PackedModel:
     raise ValueError(f'{file} is not a whole safetensors file: {error}') from (
       None
     )
-  config, format = _read_metadata(metadata, file)
+  config, format, activations = _read_metadata(metadata, file)
 
   wanted = _tensor_shapes(config, format)
   for name in sorted(wanted.keys() | tensors.keys()):
@@ -225,13 +225,13 @@ def _read_file(file: Path) -> PackedModel:
       f'{file}: its codes and scales have fingerprint {proof}, its metadata '
       f'says {metadata.get("fingerprint")}; the file is damaged: pack again'
     )
-  return PackedModel(
-    config, format, metadata['activations'], matrices, tensors, proof
-  )
+  return PackedModel(config, format, activations, matrices, tensors, proof)
 
 
-def _read_metadata(metadata: dict[str, str], file: Path):
-  def refuse(field, wanted):
+def _read_metadata(
+  metadata: dict[str, str], file: Path
+) -> tuple[ModelConfig, str, Activations]:
+  def refuse(field, wanted) -> NoReturn:
     raise ValueError(
       f'{file}: metadata {field}={metadata.get(field)!r}, wanted {wanted}'
     )
@@ -240,9 +240,10 @@ def _read_metadata(metadata: dict[str, str], file: Path):
     refuse('kind', repr(KIND))
   if metadata.get('version') != VERSION:
     refuse('version', f'{VERSION!r}; a newer tritera_jax may read it')
-  if metadata.get('activations') not in ('float', 'int8'):
+  activations = metadata.get('activations')
+  if activations != 'float' and activations != 'int8':
     refuse('activations', "'float' or 'int8'")
-  format = metadata.get('format')
+  format = metadata.get('format', '')
   known = formats.get(format).LAYOUT_VERSION
   if metadata.get('layout_version') != str(known):
     refuse('layout_version', repr(str(known)))
@@ -254,7 +255,7 @@ def _read_metadata(metadata: dict[str, str], file: Path):
     raise ValueError(f'{file}: metadata model: {error}') from None
   if config.family != 'ternary':
     refuse('model', "family 'ternary'")
-  return config, format
+  return config, format, activations
 
 
 def _tensor_shapes(config: ModelConfig, format: str) -> dict[str, tuple]:

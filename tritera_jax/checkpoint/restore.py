@@ -79,7 +79,7 @@ def restore_params(
   experiment = save.read_experiment(folder)
   with save.manager(folder) as checkpoints:
     steps = checkpoints.all_steps()
-    wanted = max(steps, default=None) if step is None else step
+    wanted = max(steps, default=-1) if step is None else step
     if wanted not in steps:
       raise FileNotFoundError(
         f'{folder} has no checkpoint{f" of step {step}" if step else ""}; '

@@ -37,14 +37,14 @@ def bind(model: PackedModel, activations: Activations | None = None) -> Decoder:
   config = model.config
   activations = activations or model.activations
   decoder = nnx.eval_shape(lambda: Decoder(config, rngs=nnx.Rngs(params=0)))
-  decoder.embed.embedding.set_value(model.rest['embed'])
-  decoder.norm.scale.set_value(model.rest['norm'])
-  decoder.head.kernel.set_value(model.rest['head'])
+  _set(decoder.embed.embedding, model.rest['embed'])
+  _set(decoder.norm.scale, model.rest['norm'])
+  _set(decoder.head.kernel, model.rest['head'])
 
   def block(layer: int) -> Block:
     block = nnx.eval_shape(lambda: Block(config, rngs=nnx.Rngs(params=0)))
     for name, norm in _norms(block).items():
-      norm.scale.set_value(model.rest[f'layers.{layer}.{name}'])
+      _set(norm.scale, model.rest[f'layers.{layer}.{name}'])
     for name in config.linears:
       part, linear = name.split('.')
       matrix = model.matrices[f'layers.{layer}.{name}']
@@ -53,6 +53,11 @@ def bind(model: PackedModel, activations: Activations | None = None) -> Decoder:
 
   decoder.layers = nnx.List([block(i) for i in range(config.layers)])
   return decoder
+
+
+def _set(parameter: nnx.Param | None, value: Array):
+  assert parameter is not None  # an nnx.RMSNorm may have no gain; ours do
+  parameter.set_value(value)
 
 
 def _norms(block: Block) -> dict[str, nnx.RMSNorm]:

@@ -70,7 +70,7 @@ class Decoder(nnx.Module):
       rngs=rngs,
     )
     keys = jax.random.split(rngs.params(), config.layers)
-    self.layers = nnx.vmap(
+    self.layers: Block | nnx.List[Block] = nnx.vmap(
       lambda key: Block(config, rngs=nnx.Rngs(params=key))
     )(keys)
     self.norm = layers.rms_norm(config, config.d_model, rngs=rngs)

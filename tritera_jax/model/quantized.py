@@ -4,6 +4,8 @@
 Names are those of `ModelConfig.linears`; arrays are stacked over layers.
 """
 
+import functools
+
 import jax
 from jaxtyping import Array, Float32, Int8
 
@@ -39,8 +41,10 @@ def codes_and_scales(
   quantizer = quantize.QUANTIZERS[config.family]
   return {
     name: jax.vmap(
-      lambda w_KN, axis=config.linears[name].scale_axis: quantizer(
-        w_KN, config.scale_blocks, axis
+      functools.partial(
+        quantizer,
+        blocks=config.scale_blocks,
+        axis=config.linears[name].scale_axis,
       )
     )(w_LKN)
     for name, w_LKN in latents(config, params).items()
@@ -61,10 +65,8 @@ def effective_params(config: ModelConfig, params: Params) -> Params:
     axis = config.linears[name].scale_axis
     part, layer = name.split('.')
     layers[part][layer] = {
-      'kernel': jax.vmap(
-        lambda codes_KN, scale_S, axis=axis: quantize.dequantize(
-          codes_KN, scale_S, axis
-        )
-      )(codes, scale)
+      'kernel': jax.vmap(functools.partial(quantize.dequantize, axis=axis))(
+        codes, scale
+      )
     }
   return {**params, 'layers': layers}

@@ -31,7 +31,7 @@ def _dot(a, b, contract_a: int, contract_b: int, dtype) -> jax.Array:
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(2, 3, 4))
-def _straight_through(x_MK, w_KN, family, blocks, axis):
+def _straight_through(x_MK, w_KN, family, blocks, axis) -> jax.Array:
   return _forward(x_MK, w_KN, family, blocks, axis)[0]
 
 
@@ -87,7 +87,7 @@ def straight_through_matmul(
     axis = 'out'  # one scale: multiply the sums, whichever axis it is said of
   x_MK = x.reshape(-1, x.shape[-1])
   y_MN = _straight_through(x_MK, w_KN, family, blocks, axis)
-  return y_MN.reshape(*x.shape[:-1], w_KN.shape[1])
+  return jnp.reshape(y_MN, (*x.shape[:-1], w_KN.shape[1]))
 
 
 class FloatLinear(nnx.Module):
@@ -135,9 +135,9 @@ class QuantizedLinear(FloatLinear):
       in_features, out_features, axes=axes, init_std=init_std, rngs=rngs
     )
     quantize.check_blocks((in_features, out_features), scale_blocks, scale_axis)
-    self.family = family
+    self.family: Family = family
     self.scale_blocks = scale_blocks
-    self.scale_axis = scale_axis
+    self.scale_axis: ScaleAxis = scale_axis
 
   def __call__(self, x: Float[Array, '*batch K']) -> Float[Array, '*batch N']:
     return straight_through_matmul(

@@ -42,6 +42,13 @@ def per_entry(
   return jnp.repeat(scale_S, length // scale_S.shape[0])
 
 
+def _spread(values_S, K: int, N: int, axis: ScaleAxis):
+  """A value a block, shaped to broadcast over a [K, N] matrix."""
+  if axis == 'out':
+    return per_entry(values_S, N)[None, :]
+  return per_entry(values_S, K)[:, None]
+
+
 def check_blocks(shape: tuple[int, int], blocks: int, axis: ScaleAxis):
   """Raises ValueError unless `blocks` scales fit a [K, N] matrix."""
   inputs, outputs = shape
@@ -108,11 +115,10 @@ def ternarize(
   Raises:
     ValueError: `blocks` does not divide the axis, or a block is too large.
   """
-  check_blocks(w_KN.shape, blocks, axis)
+  K, N = w_KN.shape
+  check_blocks((K, N), blocks, axis)
   scale_S = EPS + _block_mean(jnp.abs(w_KN), blocks, axis)
-  scale_n = per_entry(scale_S, w_KN.shape[1 if axis == 'out' else 0])
-  scale_KN = scale_n[None, :] if axis == 'out' else scale_n[:, None]
-  codes_KN = jnp.round(jnp.clip(w_KN / scale_KN, -1.0, 1.0))
+  codes_KN = jnp.round(jnp.clip(w_KN / _spread(scale_S, K, N, axis), -1, 1))
   codes_KN = jnp.where(jnp.isnan(codes_KN), 0.0, codes_KN)
   return codes_KN.astype(jnp.int8), scale_S
 
@@ -125,11 +131,11 @@ def binarize(
   Raises:
     ValueError: `blocks` does not divide the axis, or a block is too large.
   """
-  check_blocks(w_KN.shape, blocks, axis)
+  K, N = w_KN.shape
+  check_blocks((K, N), blocks, axis)
   scale_S = _block_mean(jnp.abs(w_KN), blocks, axis)
   mean_S = _block_mean(w_KN, blocks, axis)
-  mean_n = per_entry(mean_S, w_KN.shape[1 if axis == 'out' else 0])
-  mean_KN = mean_n[None, :] if axis == 'out' else mean_n[:, None]
+  mean_KN = _spread(mean_S, K, N, axis)
   # sign(0) is taken as +1: a binary code has no zero.
   codes_KN = jnp.where(w_KN >= mean_KN, 1, -1)
   codes_KN = jnp.where(jnp.isnan(mean_KN), 0, codes_KN)
@@ -145,6 +151,4 @@ def dequantize(
   axis: ScaleAxis,
 ) -> Float[Array, 'K N']:
   """scale * codes, the matrix that the forward pass multiplies by."""
-  scale_n = per_entry(scale_S, codes_KN.shape[1 if axis == 'out' else 0])
-  scale_KN = scale_n[None, :] if axis == 'out' else scale_n[:, None]
-  return codes_KN * scale_KN
+  return codes_KN * _spread(scale_S, *codes_KN.shape, axis)

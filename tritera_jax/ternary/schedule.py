@@ -12,7 +12,7 @@ import jax
 import jax.numpy as jnp
 
 
-def _warmup(step: jax.Array, warmup_steps: int) -> jax.Array:
+def _warmup(step: jax.Array | int, warmup_steps: int) -> jax.Array:
   """Linear from 1/warmup_steps to 1, so that the first step moves."""
   return jnp.minimum(1.0, (step + 1) / max(warmup_steps, 1))
 
@@ -54,12 +54,12 @@ class TriLMSchedule:
           f'schedule.{field}={getattr(self, field)} must lie in [0, 1]'
         )
 
-  def learning_rate(self, step: jax.Array, steps: int) -> jax.Array:
+  def learning_rate(self, step: jax.Array | int, steps: int) -> jax.Array:
     peak = jnp.where(step < self.drop_at * steps, self.peak, self.second_peak)
     left = jnp.maximum(0.0, (steps - step) / steps)
     return peak * left * _warmup(step, self.warmup_steps)
 
-  def decay(self, step: jax.Array, steps: int) -> jax.Array:
+  def decay(self, step: jax.Array | int, steps: int) -> jax.Array:
     return jnp.where(step < self.decay_until * steps, self.weight_decay, 0.0)
 
 
@@ -87,14 +87,14 @@ class CosineSchedule:
         f'schedule.final_fraction={self.final_fraction} must lie in [0, 1]'
       )
 
-  def learning_rate(self, step: jax.Array, steps: int) -> jax.Array:
+  def learning_rate(self, step: jax.Array | int, steps: int) -> jax.Array:
     after = jnp.maximum(step - self.warmup_steps, 0)
     done = jnp.minimum(after / max(steps - self.warmup_steps, 1), 1.0)
     cosine = 0.5 * (1 + jnp.cos(jnp.pi * done))
     fraction = self.final_fraction + (1 - self.final_fraction) * cosine
     return self.peak * fraction * _warmup(step, self.warmup_steps)
 
-  def decay(self, step: jax.Array, steps: int) -> jax.Array:
+  def decay(self, step: jax.Array | int, steps: int) -> jax.Array:
     del step, steps
     return jnp.float32(self.weight_decay)
 

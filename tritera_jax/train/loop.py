@@ -119,8 +119,8 @@ class _Observer:
       self.last, self.clock, self.compiling = n, time.perf_counter(), False
     last = n == run.steps
     told = self.codes_before is not None
-    evaluated = self.held_out and (n % run.evaluate_every == 0 or last)
-    if not (n % run.log_every == 0 or told or evaluated or last):
+    evaluating = run.evaluate_every and (n % run.evaluate_every == 0 or last)
+    if not (n % run.log_every == 0 or told or evaluating or last):
       return
     record = {'step': n} | {k: float(v) for k, v in measured.items()}
     if n > self.last:
@@ -132,10 +132,8 @@ class _Observer:
         experiment.model, state.params, self.codes_before
       )
       self.codes_before = None
-    if evaluated:
-      model = decoder.bind(experiment.model, state.params)
-      nats = loss.total_loss(model, self.held_out, experiment.data.batch_size)
-      record['held_out_loss'] = nats / float(self.held_out[2].sum())
+    if evaluating:
+      record['held_out_loss'] = self.held_out_loss(state)
     self.file.write(record)
     self.bar.set_postfix_str(metrics.line(record), refresh=False)
     self.last, self.clock = n, time.perf_counter()
@@ -144,3 +142,12 @@ class _Observer:
         f'loss is {record["loss"]} at step {n}; {run.folder} keeps the '
         'checkpoints before it'
       )
+
+  def held_out_loss(self, state: step.TrainState) -> float:
+    """Nats a token over the first run.evaluate_tokens of held-out text."""
+    assert self.held_out is not None
+    model = decoder.bind(self.experiment.model, state.params)
+    nats = loss.total_loss(
+      model, self.held_out, self.experiment.data.batch_size
+    )
+    return nats / float(self.held_out[2].sum())

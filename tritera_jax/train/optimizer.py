@@ -2,6 +2,7 @@
 """AdamW with gradient clipping, under a schedule of both rates."""
 
 import jax
+import jax.numpy as jnp
 from jaxtyping import PyTree
 import optax
 
@@ -24,11 +25,11 @@ def make(config: OptimizerConfig, steps: int) -> optax.GradientTransformation:
   return optax.chain(
     optax.clip_by_global_norm(config.clip_norm),
     optax.adamw(
-      lambda step: schedule.learning_rate(step, steps),
+      lambda step: schedule.learning_rate(jnp.asarray(step), steps),
       b1=config.beta1,
       b2=config.beta2,
       eps=config.epsilon,
-      weight_decay=lambda step: schedule.decay(step, steps),
+      weight_decay=lambda step: schedule.decay(jnp.asarray(step), steps),
       mask=decayed,
     ),
   )

@@ -14,11 +14,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Shaped
 
 from tritera_kernels.matmul import reference
-from tritera_kernels.matmul.implementation import (
-  Activations,
-  Implementation,
-  Platform,
-)
+from tritera_kernels.matmul.implementation import Implementation, Platform
 from tritera_kernels.packed import PackedTernary
 
 IMPLEMENTATIONS: tuple[Implementation, ...] = (reference.REFERENCE,)
@@ -35,8 +31,8 @@ class Plan(NamedTuple):
 def plan(
   x: Float[Array, '*batch K'],
   packed: PackedTernary,
-  activations: Activations,
-  platform: Platform,
+  activations: str,
+  platform: str,
   implementation: str | None = None,
 ) -> Plan:
   """The first implementation that does not refuse; the named one if named.
@@ -108,7 +104,7 @@ def ternary_matmul(
     for platform in _platforms(implementation)
   }
   runs = {
-    platform: functools.partial(choice.run, activations=activations)
+    platform: functools.partial(_run, choice, activations)
     for platform, choice in chosen.items()
   }
   if len(set(chosen.values())) == 1:
@@ -116,6 +112,10 @@ def ternary_matmul(
   else:
     y_MN = jax.lax.platform_dependent(x_MK, packed, **runs)
   return y_MN.reshape(*x.shape[:-1], N)
+
+
+def _run(choice: Implementation, activations: str, x_MK, packed):
+  return choice.run(x_MK, packed, activations)
 
 
 def _platforms(implementation: str | None) -> tuple[Platform, ...]:

@@ -15,7 +15,7 @@ Platform = Literal['cpu', 'cuda', 'rocm', 'tpu']
 
 # Why an implementation cannot serve (x, packed, activations); None if it can.
 # Decided while tracing, from shapes, dtypes and static fields alone.
-type Refuses = Callable[[jax.Array, PackedTernary, Activations], str | None]
+type Refuses = Callable[[jax.Array, PackedTernary, str], str | None]
 
 
 def never(x, packed, activations) -> None:
@@ -36,7 +36,7 @@ class Implementation:
   """
 
   name: str
-  run: Callable[[jax.Array, PackedTernary, Activations], jax.Array]
+  run: Callable[[jax.Array, PackedTernary, str], jax.Array]
   platforms: tuple[Platform, ...] = ()
   formats: tuple[str, ...] = ()
   refuses: Refuses = never
@@ -45,8 +45,8 @@ class Implementation:
     self,
     x: jax.Array,
     packed: PackedTernary,
-    activations: Activations,
-    platform: Platform,
+    activations: str,
+    platform: str,
   ) -> str | None:
     """Why it cannot serve this call on this platform; None if it can."""
     if self.platforms and platform not in self.platforms:

@@ -11,7 +11,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Float32, Int8
 
 from tritera_kernels import packed as packed_lib
-from tritera_kernels.matmul.implementation import Activations, Implementation
+from tritera_kernels.matmul.implementation import Implementation
 from tritera_kernels.packed import PackedTernary
 
 # Below this a token counts as all zero: 127 / absmax would leave float32.
@@ -114,7 +114,7 @@ def _scaled(sums_SMN: Float32[Array, 'S M N'], packed: PackedTernary):
 
 
 def run(
-  x_MK: Float[Array, 'M K'], packed: PackedTernary, activations: Activations
+  x_MK: Float[Array, 'M K'], packed: PackedTernary, activations: str
 ) -> Float[Array, 'M N']:
   """y = x (scale * codes)^T.
 
