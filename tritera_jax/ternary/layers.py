@@ -86,8 +86,8 @@ def straight_through_matmul(
   if blocks == 1:
     axis = 'out'  # one scale: multiply the sums, whichever axis it is said of
   x_MK = x.reshape(-1, x.shape[-1])
-  y_MN = _straight_through(x_MK, w_KN, family, blocks, axis)
-  return jnp.reshape(y_MN, (*x.shape[:-1], w_KN.shape[1]))
+  y_MN: jax.Array = _straight_through(x_MK, w_KN, family, blocks, axis)
+  return y_MN.reshape(*x.shape[:-1], w_KN.shape[1])
 
 
 class FloatLinear(nnx.Module):

@@ -151,4 +151,5 @@ def dequantize(
   axis: ScaleAxis,
 ) -> Float[Array, 'K N']:
   """scale * codes, the matrix that the forward pass multiplies by."""
-  return codes_KN * _spread(scale_S, *codes_KN.shape, axis)
+  K, N = codes_KN.shape
+  return codes_KN * _spread(scale_S, K, N, axis)
