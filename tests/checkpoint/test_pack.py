@@ -63,7 +63,7 @@ def rewrite(folder, metadata=None, tensors=None):
   file = folder / 'model.safetensors'
   with safetensors.safe_open(file, framework='np') as opened:
     old = opened.metadata()
-    arrays = {name: opened.get_tensor(name) for name in opened}
+    arrays = {name: opened.get_tensor(name) for name in opened.keys()}  # noqa: SIM118
   arrays.update(tensors or {})
   arrays = {k: v for k, v in arrays.items() if v is not None}
   safetensors.numpy.save_file(arrays, file, {**old, **(metadata or {})})

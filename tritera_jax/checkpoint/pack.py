@@ -188,7 +188,7 @@ def _read_file(file: Path) -> PackedModel:
   try:
     with safetensors.safe_open(file, framework='flax') as opened:
       metadata = opened.metadata() or {}
-      tensors = {name: opened.get_tensor(name) for name in opened}
+      tensors = {name: opened.get_tensor(name) for name in opened.keys()}  # noqa: SIM118
   except safetensors.SafetensorError as error:
     raise ValueError(f'{file} is not a whole safetensors file: {error}') from (
       None

@@ -1,0 +1,81 @@
+# SPDX-License-Identifier: Apache-2.0
+import pytest
+
+from tritera_jax import cli
+
+SPECTRA = 'experiments/spectra.py'
+
+
+def run(capsys, *arguments):
+  code = cli.main([str(argument) for argument in arguments])
+  captured = capsys.readouterr()
+  return code, captured.out, captured.err
+
+
+def test_without_a_verb_the_verbs_are_listed(capsys):
+  code, out, _ = run(capsys)
+  assert code == 0
+  for verb in cli.VERBS:
+    assert f'\n  {verb} ' in out
+
+
+def test_a_wrong_verb_is_answered_with_the_nearest(capsys):
+  code, _, err = run(capsys, 'trian')
+  assert code == 2 and 'did you mean train?' in err
+
+
+@pytest.mark.parametrize('verb', cli.VERBS)
+def test_every_verb_has_help(capsys, verb):
+  with pytest.raises(SystemExit) as stop:
+    cli.main([verb, '--help'])
+  assert stop.value.code == 0
+  assert 'usage' in capsys.readouterr().out.lower()
+
+
+def test_overrides_are_typed_and_a_wrong_one_names_the_nearest(capsys):
+  code, out, _ = run(
+    capsys, 'show', f'{SPECTRA}:trilm_99m', '--model.layers', 20
+  )
+  assert code == 0 and '20 layers' in out
+  for wrong, hint in (
+    (('--model.layer', '20'), '--model.layers'),
+    (('--model.layers', 'many'), 'invalid|integer|int'),
+  ):
+    with pytest.raises(SystemExit):
+      cli.main(['show', f'{SPECTRA}:trilm_99m', *wrong])
+    err = capsys.readouterr().err
+    assert any(part in err for part in hint.split('|'))
+
+
+def test_a_refusal_is_one_line_and_exit_code_one(capsys, tmp_path):
+  code, out, err = run(capsys, 'pack', tmp_path)
+  assert (code, out) == (1, '')
+  assert err == (
+    f'tritera pack: {tmp_path} is not a run folder: it has no experiment.json\n'
+  )
+
+
+def test_eval_pack_generate_and_doctor(capsys, tiny_data, tiny_run):
+  code, out, _ = run(capsys, 'eval', tiny_run, '--baselines')
+  assert code == 0 and 'bits/byte' in out and 'gzip -9' in out
+  code, out, _ = run(
+    capsys, 'eval', tiny_run / 'packed' / 'two_bit', '--data', tiny_data,
+    '--activations', 'int8',
+  )  # fmt: skip
+  assert code == 0 and 'nats/token' in out
+  code, out, _ = run(capsys, 'pack', tiny_run, '--format', 'base_three')
+  assert code == 0 and 'bits/weight' in out and 'trits1:' in out
+  code, out, _ = run(
+    capsys, 'generate', tiny_run, '--prompt', 'def ', '--new-tokens', 4
+  )
+  assert code == 0 and out.startswith('def ')
+  code, out, _ = run(capsys, 'doctor')
+  assert code == 0 and 'reference' in out
+
+
+def test_prepare_prints_what_it_made(capsys, tmp_path):
+  code, out, _ = run(
+    capsys, 'prepare', 'experiments', tmp_path / 'data',
+    '--vocab-size', 300, '--holdout', 0.4,
+  )  # fmt: skip
+  assert code == 0 and 'train' in out and 'bytes a token' in out
