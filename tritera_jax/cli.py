@@ -14,7 +14,6 @@ import tqdm
 import tyro
 
 Positional = tyro.conf.Positional
-Activations = Literal['float', 'int8']
 
 
 def _prepare(args: list[str]):
@@ -62,6 +61,8 @@ def _show(args: list[str]):
 
 
 def _eval(args: list[str]):
+  from tritera_kernels.matmul import Activations
+
   def evaluate(
     path: Positional[Path],
     data: Path | None = None,
@@ -115,6 +116,7 @@ def _eval(args: list[str]):
 
 def _pack(args: list[str]):
   from tritera_jax.checkpoint import pack
+  from tritera_kernels.matmul import Activations
 
   def run(
     run: Positional[Path],
@@ -140,6 +142,8 @@ def _pack(args: list[str]):
 
 
 def _generate(args: list[str]):
+  from tritera_kernels.matmul import Activations
+
   def generate(
     path: Positional[Path],
     prompt: str,

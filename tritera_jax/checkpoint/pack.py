@@ -17,7 +17,7 @@ import dataclasses
 import json
 from pathlib import Path
 import shutil
-from typing import Literal, NoReturn
+from typing import NoReturn
 
 import jax
 import jax.numpy as jnp
@@ -31,10 +31,10 @@ from tritera_jax.model import flops, quantized
 from tritera_jax.model.config import ModelConfig
 from tritera_jax.model.decoder import Params
 from tritera_kernels import fingerprint, formats, packed
+from tritera_kernels.matmul import Activations
 from tritera_kernels.packed import PackedTernary
 
 KIND, VERSION = 'tritera-packed', '1'
-Activations = Literal['float', 'int8']
 
 
 @dataclasses.dataclass(frozen=True)

@@ -11,10 +11,10 @@ import tokenizers
 from tritera_jax.checkpoint import pack, restore
 from tritera_jax.data import tokenizer as tokenizer_lib
 from tritera_jax.generate import engine, packed
-from tritera_jax.generate.packed import Activations
 from tritera_jax.generate.sampling import Sampling
 from tritera_jax.model import decoder, quantized
 from tritera_jax.model.decoder import Decoder
+from tritera_kernels.matmul import Activations
 
 
 class Loaded(NamedTuple):

@@ -1,17 +1,14 @@
 # SPDX-License-Identifier: Apache-2.0
 """A Decoder whose linear layers multiply by packed codes."""
 
-from typing import Literal
-
 from flax import nnx
 from jaxtyping import Array, Float
 
 from tritera_jax.checkpoint.pack import PackedModel
 from tritera_jax.model.decoder import Block, Decoder
 from tritera_kernels import matmul
+from tritera_kernels.matmul import Activations
 from tritera_kernels.packed import PackedTernary
-
-Activations = Literal['float', 'int8']
 
 
 class PackedLinear(nnx.Module):

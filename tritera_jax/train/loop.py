@@ -29,7 +29,8 @@ def train(experiment: Experiment, *, quiet: bool = False) -> step.TrainState:
 
   Raises:
     ValueError: the dataset or the run folder does not fit the experiment.
-    FloatingPointError: the loss is not finite; the last checkpoint stands.
+    FloatingPointError: loss or gradient is not finite; the checkpoints before
+      stand.
   """
   data, run = experiment.data, experiment.run
   folder = Path(run.folder)
@@ -120,7 +121,9 @@ class _Observer:
     last = n == run.steps
     told = self.codes_before is not None
     evaluating = run.evaluate_every and (n % run.evaluate_every == 0 or last)
-    if not (n % run.log_every == 0 or told or evaluating or last):
+    # Before each save too: what is not finite must not be saved.
+    logging = n % run.log_every == 0 or n % run.save_every == 0 or last
+    if not (logging or told or evaluating):
       return
     record = {'step': n} | {k: float(v) for k, v in measured.items()}
     if n > self.last:
@@ -137,11 +140,12 @@ class _Observer:
     self.file.write(record)
     self.bar.set_postfix_str(metrics.line(record), refresh=False)
     self.last, self.clock = n, time.perf_counter()
-    if not np.isfinite(record['loss']):
-      raise FloatingPointError(
-        f'loss is {record["loss"]} at step {n}; {run.folder} keeps the '
-        'checkpoints before it'
-      )
+    for field in ('loss', 'gradient_norm'):
+      if not np.isfinite(record[field]):
+        raise FloatingPointError(
+          f'{field} is {record[field]} at step {n}; {run.folder} keeps the '
+          'checkpoints before it'
+        )
 
   def held_out_loss(self, state: step.TrainState) -> float:
     """Nats a token over the first run.evaluate_tokens of held-out text."""
