@@ -42,7 +42,7 @@ def main(path: str = EXPERIMENT):
   say(summary)
 
   say(f'\n2/5 train: {path}\n{show.describe(experiment)}\n')
-  before = _trained_steps(run)
+  before = restore.latest_step(run)
   if before == experiment.run.steps:
     say(f'{run} is trained already ({before} steps); delete it to start anew')
   else:
@@ -105,14 +105,6 @@ def main(path: str = EXPERIMENT):
       say(f'  {format:<10} {activations:<5}  {nats:.5f}{note}')
   say(f'\ndone in {time.perf_counter() - started:.0f} s')
   return 0 if agree else 1
-
-
-def _trained_steps(run: Path) -> int:
-  checkpoints = run / 'checkpoints'
-  if not checkpoints.is_dir():
-    return 0
-  return max((int(p.name) for p in checkpoints.iterdir()
-              if p.name.isdigit()), default=0)  # fmt: skip
 
 
 if __name__ == '__main__':

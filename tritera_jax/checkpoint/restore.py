@@ -62,6 +62,14 @@ def restore(
   return {item: restored[item] for item in targets}
 
 
+def latest_step(folder: str | Path) -> int | None:
+  """The newest committed step of a run folder; None if there is none."""
+  if not (Path(folder) / 'checkpoints').is_dir():
+    return None
+  with save.manager(Path(folder)) as checkpoints:
+    return checkpoints.latest_step()
+
+
 def restore_params(
   folder: str | Path, step: int | None = None
 ) -> tuple[Experiment, Params]:

@@ -4,7 +4,7 @@
 A run folder holds `experiment.json`, written before anything else, and
 `checkpoints/<step>/{params,rest}`, where `rest` is what else training needs
 to go on. Parameters are an item of their own so that they can be restored
-alone. No other module names Orbax.
+alone. Only this module and `restore` name Orbax.
 """
 
 import hashlib
