@@ -2,7 +2,8 @@
 """How well does a TriLM write Python after some two minutes on two CPU cores?
 
   machine   2 CPU cores, no accelerator; `make quickstart` runs it
-  expected  @@EXPECTED@@
+  expected  1.49 bits a byte on the held-out files (3.43 nats a token), where
+            gzip -9 takes 1.93, xz -9 1.55 and a unigram model 2.87
   command   tritera prepare stdlib data/quickstart --vocab-size 4096
             tritera train experiments/quickstart.py
 

@@ -26,7 +26,8 @@ MACHINES = {'gpu': 'a machine with an NVIDIA GPU', 'tpu': 'a TPU'}
 def pytest_collection_modifyitems(items):
   for item in items:
     for marker, machine in MACHINES.items():
-      if marker in item.keywords and jax.default_backend() != marker:
+      wanted = item.get_closest_marker(marker)
+      if wanted and jax.default_backend() != marker:
         item.add_marker(
           pytest.mark.skip(
             reason=f'runs on {machine}: JAX_PLATFORMS={marker} make test'

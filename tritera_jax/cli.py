@@ -24,7 +24,7 @@ def _prepare(args: list[str]):
       prepare.prepare,
       args=args,
       prog='tritera prepare',
-      config=(tyro.conf.PositionalRequiredArgs,),
+      config=(tyro.conf.PositionalRequiredArgs, tyro.conf.SuppressFixed),
     )
   )
 

@@ -62,9 +62,43 @@ def test_batch_n_is_a_function_of_seed_and_n(source):
     np.testing.assert_array_equal(batch['tokens'], first[n]['tokens'])
 
 
-def test_a_split_shorter_than_a_window_is_refused(source):
-  with pytest.raises(ValueError, match='needs at least 101 tokens'):
-    loader.batches(source, batch_size=1, sequence_length=100, seed=0)
+@pytest.mark.parametrize('prefetch', [0, 1, 20])
+def test_reading_ahead_changes_nothing(source, prefetch):
+  batches = make(source)
+  got = itertools.islice(loader.iterate(batches, 2, prefetch=prefetch), 9)
+  for n, batch in enumerate(got, 2):
+    np.testing.assert_array_equal(batch['tokens'], batches[n]['tokens'])
+
+
+@pytest.mark.parametrize('rows', [
+  slice(0, 3), slice(3, 5), slice(2, None), slice(1, None, 2), slice(None),
+])  # fmt: skip
+def test_a_host_reads_its_rows_of_the_global_batch_only(source, rows):
+  whole = make(source, batch_size=5)
+  part = loader.batches(
+    source, batch_size=5, sequence_length=8, seed=0, rows=rows
+  )
+  read, starts = source.read, []
+  source.read = lambda a, b: (starts.append(a), read(a, b))[1]
+  for n in (0, 2, 7):  # batch 2 spans epochs: 12 windows in batches of 5
+    expected = whole[n]['tokens'][rows]
+    starts.clear()
+    np.testing.assert_array_equal(part[n]['tokens'], expected)
+    assert starts == expected[:, 0].tolist()  # a token is its position
+  ahead = next(loader.iterate(part, 7))['tokens']
+  np.testing.assert_array_equal(ahead, whole[7]['tokens'][rows])
+
+
+@pytest.mark.parametrize(('changes', 'message'), [
+  ({'sequence_length': 100}, 'needs at least 101 tokens'),
+  ({'sequence_length': 0}, 'data.sequence_length=0 must be at least 1'),
+  ({'batch_size': 0}, 'data.batch_size=0 must be at least 1'),
+  ({'rows': slice(4, 8)}, 'are none of data.batch_size=4'),
+])  # fmt: skip
+def test_batches_that_cannot_be_are_refused(source, changes, message):
+  arguments = {'batch_size': 4, 'sequence_length': 8, 'seed': 0} | changes
+  with pytest.raises(ValueError, match=message):
+    loader.batches(source, **arguments)
 
 
 @pytest.mark.parametrize(('T', 'stride'), [

@@ -1,7 +1,12 @@
 # SPDX-License-Identifier: Apache-2.0
 import itertools
 import json
+import os
 from pathlib import Path
+import subprocess
+import sys
+import sysconfig
+import tokenize
 
 import numpy as np
 import pytest
@@ -68,6 +73,60 @@ def test_shards_hold_every_document_in_order_and_its_end(dataset, corpus):
   assert sorted(seen) == sorted(TEXTS.values())
 
 
+def test_the_arrays_are_zarr_that_others_can_read(tmp_path):
+  """Decoded by hand from the zarr 3 text: sharding_indexed, bytes, crc32c."""
+  tokens = (np.arange(40_000) * 7 % 60_000).astype(np.uint16)
+  tokens[:20_000] = 0  # a chunk of zeros must lie there like any other
+  shards.write_shard(tmp_path, 'train/00000', tokens, np.array([40_000]), 1)
+  array = tmp_path / 'train/00000.tokens.zarr3'
+  meta = json.loads((array / 'zarr.json').read_text())
+  assert meta['zarr_format'] == 3 and meta['data_type'] == 'uint16'
+  assert meta['shape'] == [40_000]
+  [sharding] = meta['codecs']
+  assert sharding['name'] == 'sharding_indexed'
+  [chunk] = sharding['configuration']['chunk_shape']
+  for codecs in ('codecs', 'index_codecs'):
+    names = [c['name'] for c in sharding['configuration'][codecs]]
+    assert names == ['bytes', 'crc32c']
+  [file] = meta['chunk_grid']['configuration']['chunk_shape']
+  assert file >= 40_000  # so one file holds all
+  data = (array / 'c' / '0').read_bytes()
+  count = file // chunk
+  # The index is at the end: offset and length of each chunk, and 4 bytes of
+  # checksum, which each chunk has too.
+  index = np.frombuffer(data[-16 * count - 4 : -4], '<u8').reshape(-1, 2)
+  parts = [np.frombuffer(data[o : o + n - 4], '<u2') for o, n in index.tolist()]
+  np.testing.assert_array_equal(np.concatenate(parts)[:40_000], tokens)
+  assert len(parts) == 3 and chunk == 2**14
+
+
+def damage(file: Path, how: str):
+  data = file.read_bytes()
+  file.unlink()
+  if how == 'flip':
+    file.write_bytes(bytes([data[0] ^ 1]) + data[1:])
+  elif how == 'cut':
+    file.write_bytes(data[: len(data) // 2])
+
+
+@pytest.mark.parametrize('how', ['flip', 'cut', 'remove'])
+def test_damaged_tokens_are_an_error_and_never_zeros(dataset, how):
+  damage(dataset / 'train/00000.tokens.zarr3/c/0', how)
+  source = shards.open_split(dataset, 'train')
+  with pytest.raises(ValueError, match='is damaged: prepare again'):
+    source.read(0, 1)
+
+
+def test_a_dataset_may_be_named_by_url_and_lie_in_any_folder(dataset, tmp_path):
+  tokens = raw(dataset, 'train/00000.tokens.zarr3')
+  odd = dataset.rename(tmp_path / 'data #1 100%20')
+  for root in (odd, str(odd)):
+    source = shards.open_split(root, 'train')
+    np.testing.assert_array_equal(source.read(0, source.tokens), tokens)
+  source = shards.open_split(f'file://{odd.rename(tmp_path / "x")}', 'train')
+  np.testing.assert_array_equal(source.read(0, source.tokens), tokens)
+
+
 def test_the_held_out_files_stay_when_others_come(dataset, corpus, tmp_path):
   before = prepare.decode_split(dataset, 'validation')
   assert before
@@ -100,6 +159,70 @@ def test_a_given_tokenizer_is_used_as_it_is(corpus, dataset, tmp_path):
     np.testing.assert_array_equal(raw(other, path), raw(dataset, path))
 
 
+def test_the_end_of_text_token_in_a_text_ends_nothing(corpus, tmp_path):
+  text = 'x = "<|endoftext|>"\n'
+  (corpus / 'spelled.py').write_text(text)
+  prepare.prepare(
+    str(corpus), str(tmp_path / 'out'), vocab_size=300, holdout=0.3
+  )
+  decoded = b''
+  for split in ('train', 'validation'):
+    source = shards.open_split(tmp_path / 'out', split)
+    tokens = source.read(0, source.tokens)
+    assert np.count_nonzero(tokens == 0) == source.documents
+    decoded += prepare.decode_split(tmp_path / 'out', split)
+  assert text.encode() in decoded
+
+
+def test_what_a_given_tokenizer_does_beside_tokenising_is_undone(
+  corpus, dataset, tmp_path
+):
+  given = tokenizers.Tokenizer.from_file(str(dataset / 'tokenizer.json'))
+  given.enable_truncation(5)
+  given.enable_padding(length=8)
+  fields = json.loads(given.to_str())
+  vocabulary = fields['model']['vocab']
+  vocabulary[max(vocabulary, key=vocabulary.get)] = 70_000  # leaves a hole
+  (tmp_path / 'given.json').write_text(json.dumps(fields))
+  prepare.prepare(
+    str(corpus), str(tmp_path / 'out'), holdout=0.3,
+    tokenizer=str(tmp_path / 'given.json'),
+  )  # fmt: skip
+  for split in ('train', 'validation'):
+    source = shards.open_split(tmp_path / 'out', split)
+    source.verify()
+    assert source.vocab_size == 70_001
+    assert source.manifest.dtype == 'uint32'
+    text = prepare.decode_split(dataset, split)
+    assert prepare.decode_split(tmp_path / 'out', split) == text
+
+
+@pytest.mark.parametrize('data', [
+  b'# coding: rot13\nx\n', b'# coding: no-such\nx\n', b'x = "\xff"\n',
+  b'# coding: unicode_escape\nx = "\\ud800"\n',
+])  # fmt: skip
+def test_a_file_that_is_not_text_is_left_out(corpus, dataset, tmp_path, data):
+  (corpus / 'odd.py').write_bytes(data)
+  prepare.prepare(
+    str(corpus), str(tmp_path / 'out'), vocab_size=300, holdout=0.3
+  )
+  for split in ('train', 'validation'):
+    text = prepare.decode_split(dataset, split)
+    assert prepare.decode_split(tmp_path / 'out', split) == text
+
+
+def test_progress_is_told(corpus, tmp_path):
+  told = []
+  prepare.prepare(
+    str(corpus), str(tmp_path / 'out'), vocab_size=300, holdout=0.3,
+    progress=lambda *what: told.append(what),
+  )  # fmt: skip
+  assert told[:12] == [('read', i, 12) for i in range(1, 13)]
+  (train, *of_train), (validation, *of_validation) = told[12:]
+  assert (train, validation) == ('encode train', 'encode validation')
+  assert of_train[0] == of_train[1] == 10 - of_validation[0]
+
+
 @pytest.mark.parametrize('text', [
   'def f(x):\n\treturn  x\n\n\n', 'naïve 日本 \U0001f600\r\n', '\0', ' ', '',
 ])  # fmt: skip
@@ -113,6 +236,64 @@ def test_the_same_texts_give_the_same_tokenizer():
   assert tokenizer.fingerprint(a) == tokenizer.fingerprint(b)
   c = tokenizer.train_tokenizer(TEXTS.values(), 301)
   assert tokenizer.fingerprint(c) != tokenizer.fingerprint(a)
+
+
+def test_threads_and_hashes_do_not_change_the_tokenizer():
+  program = (
+    'from tests.data.test_prepare import TEXTS\n'
+    'from tritera_jax.data import tokenizer as t\n'
+    'print(t.train_tokenizer(TEXTS.values(), 300).to_str())'
+  )
+  paths = str(Path(__file__).parents[2])
+  saved = {
+    subprocess.run(
+      [sys.executable, '-c', program],
+      env={
+        **os.environ, 'PYTHONPATH': paths, 'PYTHONHASHSEED': str(threads),
+        'RAYON_NUM_THREADS': str(threads),
+      },
+      check=True, capture_output=True,
+    ).stdout
+    for threads in (1, 2)
+  }  # fmt: skip
+  assert len(saved) == 1
+
+
+def test_the_standard_library_survives_to_the_byte(tmp_path):
+  """Against its files, found and read by other means than prepare's."""
+  prepare.prepare('stdlib', str(tmp_path / 'data'), vocab_size=512)
+  names, documents = [], {}
+  root = sysconfig.get_path('stdlib')
+  for folder, folders, files in os.walk(root):
+    folders[:] = set(folders) - {
+      'test', 'tests', 'idle_test', 'site-packages', 'dist-packages',
+      'pydoc_data',
+    }  # fmt: skip
+    names += [os.path.join(folder, f) for f in files if f.endswith('.py')]
+  for name in names:
+    try:
+      with tokenize.open(name) as file:
+        documents[Path(name)] = file.read().encode()
+    except (SyntaxError, UnicodeDecodeError):
+      pass
+  wanted = sorted(name for name, text in documents.items() if text)
+  held_out = prepare.decode_split(tmp_path / 'data', 'validation')
+  train = prepare.decode_split(tmp_path / 'data', 'train')
+  place = {'train': 0, 'validation': 0}
+  for name in wanted:
+    text = documents[name]
+    for split, whole in (('train', train), ('validation', held_out)):
+      start = place[split]
+      if whole[start : start + len(text)] == text:
+        place[split] += len(text)
+        break
+    else:
+      raise AssertionError(f'{name} is in neither split at its place')
+  assert place == {'train': len(train), 'validation': len(held_out)}
+  for split, text in (('train', train), ('validation', held_out)):
+    source = shards.open_split(tmp_path / 'data', split)
+    source.verify()
+    assert source.bytes == len(text)
 
 
 def test_the_standard_library_is_found_without_its_tests():
@@ -141,8 +322,10 @@ def broken(dataset: Path, **changes):
     ({'kind': 'other'}, "kind is 'other'"),
     ({'dtype': 'uint32'}, "dtype is 'uint32', wanted 'uint16'"),
     ({'vocab_size': '300'}, 'vocab_size: Input should be a valid integer'),
+    ({'end_of_text': 300}, 'end_of_text is 300, wanted an id'),
     ({'extra': 1}, 'extra: Unexpected keyword argument'),
     ({'tokens': 7}, r'the manifest says uint16\[7\]'),
+    ({'tokens': -1}, 'train/00000: a count is negative'),
     ({'path': '../train/00000'}, 'leaves the dataset'),
     ({'path': 'train/00001'}, 'cannot be opened'),
   ],

@@ -28,10 +28,13 @@ def latent(tiny_run):
 
 def slow_greedy(model, prompt, new_tokens, stop):
   """Without a cache: the whole sequence anew for each token."""
+  forward = jax.jit(lambda tokens: model(tokens)[0])
   ids = list(prompt)
   for _ in range(new_tokens):
-    logits, _ = model(jnp.asarray([ids], jnp.int32))
-    token = int(np.argmax(logits[0, -1, : model.config.vocab_size]))
+    # Causal: what fills the row up changes nothing before it.
+    row = jnp.asarray([ids + [0] * (32 - len(ids))], jnp.int32)
+    logits = forward(row)[0, len(ids) - 1]
+    token = int(np.argmax(logits[: model.config.vocab_size]))
     if token == stop:
       break
     ids.append(token)

@@ -66,7 +66,8 @@ def test_cached_logits_are_the_uncached_ones(name):
   config = VARIANTS[name]
   model = decoder.bind(config, parameters(config))
   tokens = jax.random.randint(jax.random.key(1), (2, 12), 0, 100)
-  want, _ = model(tokens)
+  forward = jax.jit(model.__call__)
+  want, _ = forward(tokens)
   # Slots hold rubbish at first: nothing may look at them.
   cache = jax.tree.map(
     lambda a: jnp.full_like(a, 1e4), engine.empty_cache(model, 2, 14)
@@ -74,7 +75,7 @@ def test_cached_logits_are_the_uncached_ones(name):
   got = []
   for start, stop in ((0, 5), (5, 6), (6, 9), (9, 12)):
     positions = jnp.broadcast_to(jnp.arange(start, stop), (2, stop - start))
-    logits, cache = model(tokens[:, start:stop], positions, cache)
+    logits, cache = forward(tokens[:, start:stop], positions, cache)
     got.append(logits)
   np.testing.assert_allclose(
     jnp.concatenate(got, 1), want, atol=1e-5 * float(jnp.abs(want).max())

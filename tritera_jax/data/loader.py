@@ -8,6 +8,8 @@ out. Each epoch is shuffled anew.
 """
 
 from collections.abc import Iterator
+import sys
+from typing import cast
 
 import grain
 from jaxtyping import Float, Int32
@@ -18,19 +20,32 @@ from tritera_jax.data.shards import TokenSource
 _READERS = 4  # threads: reading is latency, not work
 
 
-class _Windows:
-  """Random access to training windows, as Grain wants it."""
+class _Batches:
+  """Random access to rows of global batches, as Grain wants it."""
 
-  def __init__(self, source: TokenSource, sequence_length: int):
-    self.source, self.length = source, sequence_length
+  def __init__(
+    self,
+    source: TokenSource,
+    order: grain.MapDataset,
+    batch_size: int,
+    sequence_length: int,
+    rows: range,
+  ):
+    self.source, self.order = source, order
+    self.size, self.length = batch_size, sequence_length
+    self.rows = rows
 
   def __len__(self) -> int:
-    return max(0, (self.source.tokens - 1) // self.length)
+    return sys.maxsize // self.size
 
-  def __getitem__(self, index) -> dict[str, Int32[np.ndarray, ' T1']]:
-    start = int(index) * self.length
-    tokens = self.source.read(start, start + self.length + 1)
-    return {'tokens': tokens.astype(np.int32)}
+  def __getitem__(self, index) -> dict[str, Int32[np.ndarray, 'b T1']]:
+    first = int(index) * self.size
+    tokens = np.empty((len(self.rows), self.length + 1), np.int32)
+    for i, row in enumerate(self.rows):
+      # Grain types an element as perhaps filtered out; none is here.
+      start = cast(int, self.order[first + row]) * self.length
+      tokens[i] = self.source.read(start, start + self.length + 1)
+    return {'tokens': tokens}
 
 
 def batches(
@@ -39,36 +54,54 @@ def batches(
   batch_size: int,
   sequence_length: int,
   seed: int,
+  rows: slice = slice(None),
 ) -> grain.MapDataset:
-  """An endless dataset whose n-th element is global batch n.
+  """An endless dataset whose n-th element is global batch n, or rows of it.
 
   Elements are {'tokens': int32 [batch_size, sequence_length + 1]}. Batches
   may span epochs.
 
+  Args:
+    source: the split.
+    batch_size: of the global batch, whatever `rows` is.
+    sequence_length: T; a row is T + 1 tokens.
+    seed: of the order of windows.
+    rows: those of the global batch to read: a host's share. The others are
+      not read.
+
   Raises:
-    ValueError: the split holds no whole window.
+    ValueError: the split holds no whole window, or a batch no row.
   """
-  windows = _Windows(source, sequence_length)
-  if not len(windows):
+  if sequence_length < 1:
+    raise ValueError(
+      f'data.sequence_length={sequence_length} must be at least 1'
+    )
+  if batch_size < 1:
+    raise ValueError(f'data.batch_size={batch_size} must be at least 1')
+  chosen = range(batch_size)[rows]
+  if not chosen:
+    raise ValueError(f'rows={rows} are none of data.batch_size={batch_size}')
+  count = (source.tokens - 1) // sequence_length
+  if count < 1:
     raise ValueError(
       f'data.sequence_length={sequence_length} needs at least '
       f'{sequence_length + 1} tokens, but {source.root} has {source.tokens}'
     )
-  return (
-    grain.MapDataset.source(windows)
-    .seed(seed)
-    .shuffle()
-    .repeat()
-    .batch(batch_size)
+  order = grain.MapDataset.range(count).seed(seed).shuffle().repeat()
+  return grain.MapDataset.source(
+    _Batches(source, order, batch_size, sequence_length, chosen)
   )
 
 
 def iterate(
-  dataset: grain.MapDataset, start: int
+  dataset: grain.MapDataset, start: int, *, prefetch: int = 2 * _READERS
 ) -> Iterator[dict[str, Int32[np.ndarray, 'B T1']]]:
-  """Batches start, start + 1, ..., read ahead by threads."""
+  """Batches start, start + 1, ...: up to `prefetch` are read ahead, by threads.
+
+  With prefetch=0 each is read when it is asked for.
+  """
   options = grain.ReadOptions(
-    num_threads=_READERS, prefetch_buffer_size=2 * _READERS
+    num_threads=min(_READERS, prefetch), prefetch_buffer_size=prefetch
   )
   yield from dataset.slice(slice(start, None)).to_iter_dataset(options)
 

@@ -1,8 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """Text to a tokenizer and token shards."""
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 import dataclasses
+import functools
 import hashlib
 from pathlib import Path
 import sysconfig
@@ -22,7 +23,7 @@ _NOT_STDLIB = {
   'test', 'tests', 'idle_test', 'site-packages', 'dist-packages',
   'pydoc_data',
 }  # fmt: skip
-_ENCODED_AT_ONCE = 256  # documents
+_ENCODED_AT_ONCE = 64  # documents
 
 
 @dataclasses.dataclass(frozen=True)
@@ -74,14 +75,22 @@ def _folder_files(corpus: Path) -> tuple[Path, list[Path]]:
 
 
 def _read_text(file: Path) -> str | None:
-  """A file's text; None if it is not text in its declared encoding."""
+  """A file's text, with '\\n' line ends; None if it does not decode.
+
+  A .py file declares its encoding (PEP 263); an unknown one is a SyntaxError,
+  one that is not of text (rot13) a LookupError. Half a surrogate pair is text
+  to Python but not to UTF-8, in which bytes are counted.
+  """
   try:
     if file.suffix == '.py':
-      with tokenize.open(file) as source:  # PEP 263
-        return source.read()
-    return file.read_text('utf-8')
-  except (UnicodeDecodeError, SyntaxError):
+      with tokenize.open(file) as source:
+        text = source.read()
+    else:
+      text = file.read_text('utf-8')
+    text.encode()
+  except (UnicodeError, SyntaxError, LookupError):
     return None
+  return text
 
 
 def _held_out(name: str, fraction: float) -> bool:
@@ -91,13 +100,23 @@ def _held_out(name: str, fraction: float) -> bool:
 
 
 def _encode(
-  tokenizer: tokenizers.Tokenizer, texts: list[str], end_of_text: int
+  tokenizer: tokenizers.Tokenizer,
+  texts: list[str],
+  end_of_text: int,
+  report: Callable[[int, int], None],
 ) -> Iterator[list[int]]:
+  """Ids of each text and the end of text.
+
+  The end-of-text token spelled out in a text is text: it must not end the
+  document.
+  """
+  tokenizer.encode_special_tokens = True
   for start in range(0, len(texts), _ENCODED_AT_ONCE):
     for encoding in tokenizer.encode_batch_fast(
       texts[start : start + _ENCODED_AT_ONCE], add_special_tokens=False
     ):
       yield [*encoding.ids, end_of_text]
+    report(min(start + _ENCODED_AT_ONCE, len(texts)), len(texts))
 
 
 def prepare(
@@ -107,6 +126,7 @@ def prepare(
   vocab_size: int = 4096,
   tokenizer: str | None = None,
   holdout: float = 0.05,
+  progress: Callable[[str, int, int], None] | None = None,
 ) -> Summary:
   """Writes a dataset of a train and a validation split.
 
@@ -120,6 +140,8 @@ def prepare(
     vocab_size: of the tokenizer that is trained, on the train split.
     tokenizer: a Hugging Face tokenizer.json to use instead of training one.
     holdout: share of files in the validation split, chosen by name.
+    progress: called with what is being done, how much of it is done, and of
+      how much: ('read', files, files), ('encode train', documents, documents).
 
   Raises:
     FileNotFoundError: there is no such corpus or tokenizer.
@@ -145,8 +167,10 @@ def prepare(
   root, files = (
     _stdlib_files() if corpus == STDLIB else _folder_files(Path(corpus))
   )
+  report = progress or (lambda *_: None)
   texts = {'train': [], 'validation': []}
-  for file in files:
+  for i, file in enumerate(files, 1):
+    report('read', i, len(files))
     text = _read_text(root / file)
     if text:
       held_out = _held_out(file.as_posix(), holdout)
@@ -161,13 +185,21 @@ def prepare(
   if tokenizer is None:
     given = tokenizer_lib.train_tokenizer(texts['train'], vocab_size)
   end_of_text = tokenizer_lib.end_of_text_id(given)
-  size = given.get_vocab_size()
+  # Not get_vocab_size(): a tokenizer of others may have holes in its ids.
+  size = 1 + max(given.get_vocab().values())
   dtype = shards.token_dtype(size)
   folder.mkdir(parents=True, exist_ok=True)
   given.save(str(folder / 'tokenizer.json'))
   splits = {}
   for split, documents in texts.items():
-    ids = list(_encode(given, documents, end_of_text))
+    ids = list(
+      _encode(
+        given,
+        documents,
+        end_of_text,
+        functools.partial(report, f'encode {split}'),
+      )
+    )
     splits[split] = [
       shards.write_shard(
         folder,

@@ -10,6 +10,11 @@ A dataset is a folder or bucket prefix:
 
 Every document ends with the tokenizer's end-of-text token, which its end
 offset includes.
+
+An array lies in files of up to 2^24 elements (zarr3's sharding), read in
+chunks of 2^14: few files, and a window costs 32 KiB of reading rather than a
+file. Each chunk has a checksum, and all are stored: a damaged or missing one
+is an error, never zeros.
 """
 
 import dataclasses
@@ -24,8 +29,12 @@ import pydantic
 import tensorstore as ts
 
 KIND, VERSION = 'tritera-tokens', 1
-_CHUNK = 2**18  # tokens: 512 KiB of uint16, the unit of reading and caching
+_FILE, _CHUNK = 2**24, 2**14  # elements
 _CACHE_BYTES = 2**28
+_CODECS = [
+  {'name': 'bytes', 'configuration': {'endian': 'little'}},
+  {'name': 'crc32c'},
+]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -71,12 +80,16 @@ class Manifest:
   version: int = VERSION
 
 
+def _kvstore(root: str | Path, path: str = '') -> str | dict:
+  """Where TensorStore finds `path`; `root` is a folder or a URL (gs://...)."""
+  if '://' in str(root):
+    return f'{str(root).rstrip("/")}/{path}'
+  # Not as file://: in a URL, '#' and '%' of a folder's name mean something.
+  return {'driver': 'file', 'path': f'{Path(root).resolve()}/{path}'}
+
+
 def _spec(root: str | Path, path: str) -> dict:
-  """TensorStore's zarr3 spec; `root` is a folder or a gs:// or s3:// URL."""
-  root = str(root)
-  if '://' not in root:
-    root = 'file://' + str(Path(root).resolve())
-  return {'driver': 'zarr3', 'kvstore': f'{root.rstrip("/")}/{path}/'}
+  return {'driver': 'zarr3', 'kvstore': _kvstore(root, f'{path}/')}
 
 
 def token_dtype(vocab_size: int) -> str:
@@ -84,14 +97,29 @@ def token_dtype(vocab_size: int) -> str:
   return 'uint16' if vocab_size <= 2**16 else 'uint32'
 
 
-def _write_array(root, path: str, array: np.ndarray):
+def _write_array(root: str | Path, path: str, array: np.ndarray):
+  size = max(1, array.size)
+  chunk = min(_CHUNK, size)
+  file = min(_FILE, -(-size // chunk) * chunk)
+  sharding = {
+    'name': 'sharding_indexed',
+    'configuration': {
+      'chunk_shape': [chunk],
+      'codecs': _CODECS,
+      'index_codecs': _CODECS,
+    },
+  }
+  grid = {'name': 'regular', 'configuration': {'chunk_shape': [file]}}
+  spec = _spec(root, path) | {
+    'metadata': {'chunk_grid': grid, 'codecs': [sharding]},
+    'store_data_equal_to_fill_value': True,
+  }
   ts.open(
-    _spec(root, path),
+    spec,
     create=True,
     delete_existing=True,
     dtype=array.dtype.name,
     shape=array.shape,
-    chunk_layout=ts.ChunkLayout(chunk_shape=[min(_CHUNK, max(1, array.size))]),
   ).result().write(array).result()
 
 
@@ -109,11 +137,11 @@ def write_shard(
   return Shard(path, tokens.size, ends.size, text_bytes, digest.hexdigest())
 
 
-def write_manifest(root: Path, manifest: Manifest):
-  """Declares a dataset finished."""
-  partial = root / 'manifest.json.partial'
-  partial.write_text(json.dumps(dataclasses.asdict(manifest), indent=2) + '\n')
-  partial.rename(root / 'manifest.json')
+def write_manifest(root: str | Path, manifest: Manifest):
+  """Declares a dataset finished. TensorStore's writes are whole or nothing."""
+  text = json.dumps(dataclasses.asdict(manifest), indent=2) + '\n'
+  store = ts.KvStore.open(_kvstore(root)).result()
+  store.write('manifest.json', text.encode()).result()
 
 
 def read_manifest(root: str | Path) -> Manifest:
@@ -123,15 +151,18 @@ def read_manifest(root: str | Path) -> Manifest:
     FileNotFoundError: no manifest: not a dataset, or an unfinished one.
     ValueError: a field is missing, unknown, of a wrong type or value.
   """
-  file = Path(root) / 'manifest.json'
-  if not file.is_file():
+  file = f'{root}/manifest.json'
+  found = (
+    ts.KvStore.open(_kvstore(root)).result().read('manifest.json').result()
+  )
+  if found.state != 'value':
     raise FileNotFoundError(
       f'{root} has no manifest.json: not a dataset, or one whose `tritera '
       'prepare` did not finish; run that again'
     )
   try:
     manifest = pydantic.TypeAdapter(Manifest).validate_json(
-      file.read_bytes(), strict=True, extra='forbid'
+      found.value, strict=True, extra='forbid'
     )
   except pydantic.ValidationError as error:
     problems = '; '.join(
@@ -147,6 +178,11 @@ def read_manifest(root: str | Path) -> Manifest:
       raise ValueError(
         f'{file}: {field} is {getattr(manifest, field)!r}, wanted {wanted!r}'
       )
+  if not 0 <= manifest.end_of_text < manifest.vocab_size:
+    raise ValueError(
+      f'{file}: end_of_text is {manifest.end_of_text}, wanted an id of the '
+      f'vocabulary of {manifest.vocab_size}'
+    )
   for split, shards in manifest.splits.items():
     for shard in shards:
       if '..' in Path(shard.path).parts or shard.path.startswith('/'):
@@ -178,9 +214,10 @@ class TokenSource:
   def _open(self, shard: Shard, context: ts.Context) -> ts.TensorStore:
     where = f'{self.root}/{shard.path}.tokens.zarr3'
     try:
+      spec = _spec(self.root, f'{shard.path}.tokens.zarr3')
       # A token array never changes: a cached chunk need not be asked again.
       array = ts.open(
-        _spec(self.root, f'{shard.path}.tokens.zarr3'),
+        spec | {'fill_missing_data_reads': False},
         open=True,
         read=True,
         context=context,
@@ -207,6 +244,7 @@ class TokenSource:
 
     Raises:
       IndexError: the range leaves the split.
+      ValueError: a chunk is missing or damaged.
     """
     if not 0 <= start <= stop <= self.tokens:
       raise IndexError(
@@ -221,8 +259,15 @@ class TokenSource:
         break
       low, high = max(start - begin, 0), min(stop - begin, array.shape[0])
       parts.append(array[int(low) : int(high)].read())
-    parts = [part.result() for part in parts]
-    return np.concatenate(parts) if parts else np.zeros(0, np.uint16)
+    try:
+      parts = [part.result() for part in parts]
+    except ValueError as error:
+      raise ValueError(
+        f'{self.root}: {error}; the dataset is damaged: prepare again'
+      ) from None
+    if not parts:
+      return np.zeros(0, self.manifest.dtype)
+    return np.concatenate(parts)
 
   def verify(self):
     """Reads every token against the digests and the vocabulary.

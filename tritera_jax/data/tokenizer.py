@@ -62,6 +62,9 @@ def train_tokenizer(
 def load_tokenizer(path: str | Path) -> tokenizers.Tokenizer:
   """Reads a Hugging Face tokenizer.json.
 
+  Truncation and padding, which some of these files ask for, are turned off:
+  they would drop text.
+
   Raises:
     FileNotFoundError: there is no such file.
     ValueError: it is not a tokenizer.
@@ -70,9 +73,12 @@ def load_tokenizer(path: str | Path) -> tokenizers.Tokenizer:
   if not path.is_file():
     raise FileNotFoundError(f'no tokenizer at {path}')
   try:
-    return tokenizers.Tokenizer.from_str(path.read_text('utf-8'))
+    tokenizer = tokenizers.Tokenizer.from_str(path.read_text('utf-8'))
   except Exception as error:  # the library raises bare Exception
     raise ValueError(f'{path} is not a tokenizer.json: {error}') from None
+  tokenizer.no_truncation()
+  tokenizer.no_padding()
+  return tokenizer
 
 
 def fingerprint(tokenizer: tokenizers.Tokenizer) -> str:

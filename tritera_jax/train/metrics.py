@@ -9,6 +9,7 @@ import json
 from pathlib import Path
 
 import jax
+import numpy as np
 
 from tritera_jax.model import quantized
 from tritera_jax.model.config import ModelConfig
@@ -97,13 +98,21 @@ def plot(folder: str | Path) -> Path:
   figure = Figure(figsize=(7, 4.5), dpi=120, layout='constrained')
   axes = figure.subplots()
 
-  def draw(axes, field, **style):
+  def draw(axes, field, mean_of=1, **style):
     points = [(r['step'], r[field]) for r in records if field in r]
-    if points:
-      axes.plot(*zip(*points, strict=True), **style)
-    return bool(points)
+    if len(points) < mean_of:
+      return False
+    steps, values = np.transpose(points)
+    window = np.full(mean_of, 1 / mean_of)
+    axes.plot(
+      np.convolve(steps, window, 'valid'),
+      np.convolve(values, window, 'valid'),
+      **style,
+    )
+    return True
 
-  draw(axes, 'loss', color='tab:blue', lw=1, label='training')
+  draw(axes, 'loss', color='tab:blue', lw=1, alpha=0.3, label='a batch')
+  draw(axes, 'loss', mean_of=10, color='tab:blue', label='mean of ten batches')
   draw(axes, 'held_out_loss', color='tab:orange', marker='o', ms=4,
        label='held out')  # fmt: skip
   axes.set(xlabel='step', ylabel='loss (nats a token)')
