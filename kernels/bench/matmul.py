@@ -12,7 +12,10 @@ that none is in a cache when its turn comes, unless --smoke.
 
 import argparse
 import datetime
+import importlib.metadata
 import json
+import os
+from pathlib import Path
 import platform
 import sys
 import time
@@ -35,6 +38,19 @@ SHAPES = {
   '3.9b_down': (3072, 9216),
 }
 CACHE_BYTES = 2**28
+
+
+def machine() -> str:
+  """The processor by its own name, its threads, and what JAX runs on."""
+  # platform.processor() is 'x86_64' or nothing on Linux.
+  cpuinfo = Path('/proc/cpuinfo')
+  lines = cpuinfo.read_text().splitlines() if cpuinfo.exists() else []
+  names = [line.split(': ')[1] for line in lines if 'model name' in line]
+  processor = (names or [platform.processor() or platform.machine()])[0]
+  return (
+    f'{processor}, {os.cpu_count()} threads; '
+    f'{jax.device_count()} x {jax.devices()[0].device_kind}'
+  )
 
 
 def timed(function, arguments: list, calls: int) -> list[float]:
@@ -111,16 +127,16 @@ def main():
   if options.smoke:
     options.shapes, options.m, options.calls = ['small'], [1], 3
 
-  device = jax.devices()[0]
   print(
     json.dumps(
       {
         'command': ' '.join(sys.argv),
         'date': datetime.date.today().isoformat(),
-        'machine': f'{platform.processor() or platform.machine()}, '
-        f'{jax.device_count()} x {device.device_kind}',
+        'machine': machine(),
         'python': platform.python_version(),
-        'jax': jax.__version__,
+        **{
+          p: importlib.metadata.version(p) for p in ('jax', 'jaxlib', 'numpy')
+        },
       }
     )
   )

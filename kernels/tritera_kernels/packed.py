@@ -5,6 +5,7 @@ import dataclasses
 from typing import Any, Literal
 
 import jax
+from jax.core import Tracer
 import jax.numpy as jnp
 from jaxtyping import Array, Float32, Int8
 import numpy as np
@@ -63,6 +64,11 @@ class PackedTernary:
     stored = 8 * self.data.size + 32 * self.scale.size
     return stored / (self.shape[0] * self.shape[1])
 
+  @property
+  def nbytes(self) -> int:
+    """Stored bytes, scales included."""
+    return self.data.nbytes + self.scale.nbytes
+
 
 def row_bytes(format: str, inputs: int, segments: int) -> int:
   """Bytes of a packed row of `inputs` codes."""
@@ -77,12 +83,17 @@ def pack(
   format: str,
   scale_axis: str,
 ) -> PackedTernary:
-  """Packs codes; the inverse of `unpack`.
+  """Packs codes; the inverse of `unpack`. Traceable.
 
   Raises:
-    ValueError: unknown format, or the blocks do not divide their axis.
+    TypeError: codes are not int8, or scales not float32.
+    ValueError: unknown format, the blocks do not divide their axis, or (where
+      values are at hand: not under jit) a code is not -1, 0 or 1.
   """
   layout = formats.get(format)
+  _check_codes(codes_NK)
+  if scale.dtype != jnp.float32:
+    raise TypeError(f'scale is {scale.dtype}; cast it to float32')
   N, K = codes_NK.shape
   blocks = scale.shape[0]
   _check_blocks((N, K), blocks, scale_axis)
@@ -103,7 +114,12 @@ def pack(
 
 
 def unpack_codes(packed: PackedTernary) -> Int8[Array, 'N K']:
-  """The codes; traceable."""
+  """The codes; traceable.
+
+  Raises:
+    ValueError: see `check_layout`.
+  """
+  check_layout(packed)
   N, K = packed.shape
   segments = packed.segments
   data = packed.data.reshape(N, segments, -1)
@@ -119,8 +135,15 @@ def unpack(
   return unpack_codes(packed), packed.scale
 
 
-def check(packed: PackedTernary):
-  """Tests every invariant on the host: for what came from a file.
+def dequantize(packed: PackedTernary) -> Float32[Array, 'N K']:
+  """scale * codes; traceable."""
+  axis = 0 if packed.scale_axis == 'out' else 1
+  scale = jnp.repeat(packed.scale, packed.shape[axis] // packed.blocks)
+  return unpack_codes(packed) * jnp.expand_dims(scale, 1 - axis)
+
+
+def check_layout(packed: PackedTernary):
+  """Tests the invariants that need no values: cheap, and fit for tracing.
 
   Raises:
     ValueError: the field, its value and what was wanted.
@@ -144,6 +167,16 @@ def check(packed: PackedTernary):
       f'data is {packed.data.dtype}{list(packed.data.shape)}, wanted '
       f'uint8{list(wanted)} for {packed.format} codes of shape {packed.shape}'
     )
+
+
+def check(packed: PackedTernary):
+  """Tests every invariant on the host: for what came from a file.
+
+  Raises:
+    ValueError: the field, its value and what was wanted.
+  """
+  check_layout(packed)
+  layout = formats.get(packed.format)
   scale = np.asarray(packed.scale)
   if not (np.isfinite(scale) & (scale > 0)).all():
     raise ValueError(f'scale={scale} must be finite and positive')
@@ -159,6 +192,20 @@ def check(packed: PackedTernary):
   )
   if not (again.data == packed.data).all():
     raise ValueError('data has codes other than 0 past the end of a segment')
+
+
+def _check_codes(codes_NK: Array):
+  if codes_NK.dtype != jnp.int8:
+    raise TypeError(f'codes_NK is {codes_NK.dtype}; cast it to int8')
+  if isinstance(codes_NK, Tracer):
+    return
+  # No abs: that of -128 is -128.
+  wrong = np.asarray((codes_NK < -1) | (codes_NK > 1))
+  if wrong.any():
+    n, k = np.argwhere(wrong)[0]
+    raise ValueError(
+      f'codes_NK[{n}, {k}]={int(codes_NK[n, k])} is no code; codes are -1, 0, 1'
+    )
 
 
 def _check_blocks(shape: tuple[int, int], blocks: int, axis: str):

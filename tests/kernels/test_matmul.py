@@ -97,6 +97,49 @@ def test_a_call_that_cannot_be_is_refused(arguments, error, message):
     api.ternary_matmul(call.pop('x'), matrix, **call)
 
 
+@pytest.mark.parametrize(
+  ('change', 'message'),
+  [
+    ({'layout_version': 2}, 'layout_version=2 of two_bit is unknown'),
+    ({'format': 'three_bit'}, "format='three_bit' is unknown"),
+    ({'scale_axis': 'rows'}, "scale_axis='rows' must be"),
+    (
+      {'data': jnp.zeros((12, 10), jnp.int8)},
+      r'data is int8\[12, 10\], wanted',
+    ),
+    (
+      {'data': jnp.zeros((6, 10), jnp.uint8)},
+      r'data is uint8\[6, 10\], wanted',
+    ),
+    ({'scale': jnp.ones(1, jnp.bfloat16)}, r'scale is bfloat16\[1\], wanted'),
+  ],
+)
+def test_a_matrix_that_would_be_misread_is_refused(change, message):
+  x, matrix, _ = example()
+  wrong = dataclasses.replace(matrix, **change)
+  with pytest.raises(ValueError, match=message):
+    jax.jit(lambda x, m: api.ternary_matmul(x, m, activations='float'))(
+      x, wrong
+    )
+
+
+@pytest.mark.parametrize('activations', ['float', 'int8'])
+def test_no_tokens_give_no_rows(activations):
+  _, matrix, _ = example()
+  y = api.ternary_matmul(jnp.zeros((2, 0, 40)), matrix, activations=activations)
+  assert y.shape == (2, 0, 12)
+
+
+def test_matrices_in_a_stack_are_mapped_and_scanned():
+  x, matrix, (_, codes, scale) = example(blocks=2, scale_axis='in')
+  want, bound = testing.expected_float(np.asarray(x), codes, scale, 'in')
+  stack = jax.tree.map(lambda *leaves: jnp.stack(leaves), matrix, matrix)
+  matmul = lambda m: api.ternary_matmul(x, m, activations='float')
+  _, scanned = jax.lax.scan(lambda c, m: (c, matmul(m)), 0, stack)
+  for y in (*jax.vmap(matmul)(stack), *scanned):
+    assert (np.abs(np.asarray(y) - want) <= bound).all()
+
+
 @pytest.fixture
 def two_more(monkeypatch):
   """A kernel for TPU, and one for small float batches of two_bit."""
@@ -157,6 +200,50 @@ def test_a_named_implementation_is_obeyed_or_every_refusal_is_listed(two_more):
     x[:1], matrix, activations='float', implementation='reference'
   )
   assert (y != 5).all()
+
+
+@pytest.mark.parametrize('transform', [
+  lambda f: f, jax.jit, jax.vmap, lambda f: jax.grad(lambda x: f(x).sum()),
+])  # fmt: skip
+def test_one_named_for_another_platform_is_refused_here(two_more, transform):
+  x, matrix, _ = example()
+  named = lambda x: api.ternary_matmul(
+    x, matrix, activations='float', implementation='tpu_only'
+  )
+  with pytest.raises(
+    ValueError, match="'tpu_only' refuses this call on cpu.*runs on tpu, not on"
+  ):
+    transform(named)(x)
+
+
+def test_one_named_for_another_platform_lowers_there(two_more):
+  x, matrix, _ = example()
+  traced = jax.jit(
+    lambda x, m: api.ternary_matmul(
+      x, m, activations='float', implementation='tpu_only'
+    )
+  ).trace(x, matrix)
+  text = traced.lower(lowering_platforms=('tpu',)).as_text()
+  assert '7.0' in text and 'dot_general' not in text
+  with pytest.raises(ValueError, match='refuses this call on cuda'):
+    traced.lower(lowering_platforms=('cuda',))
+
+
+def test_a_fault_in_a_kernel_is_not_taken_for_a_refusal(monkeypatch):
+  def faulty(x, packed, activations):
+    raise ValueError('a fault')
+
+  monkeypatch.setattr(
+    api,
+    'IMPLEMENTATIONS',
+    (
+      Implementation('faulty', reference.run, refuses=faulty),
+      *api.IMPLEMENTATIONS,
+    ),
+  )
+  x, matrix, _ = example()
+  with pytest.raises(ValueError, match='^a fault$'):
+    api.ternary_matmul(x, matrix, activations='float')
 
 
 def test_the_doctor_finds_a_wrong_kernel(monkeypatch):

@@ -49,6 +49,69 @@ def test_an_impossible_base_three_byte_is_named():
     packed.check(bad)
 
 
+@pytest.mark.parametrize(
+  ('codes', 'scale', 'error', 'message'),
+  [
+    (
+      jnp.array([[0, 2]], jnp.int8),
+      jnp.ones(1),
+      ValueError,
+      r'\[0, 1\]=2 is no',
+    ),
+    (
+      jnp.array([[-128]], jnp.int8),
+      jnp.ones(1),
+      ValueError,
+      '=-128 is no code',
+    ),
+    (jnp.zeros((1, 2)), jnp.ones(1), TypeError, 'codes_NK is float32; cast it'),
+    (
+      jnp.zeros((1, 2), jnp.int8),
+      jnp.ones(1, jnp.bfloat16),
+      TypeError,
+      'scale is bfloat16; cast it',
+    ),
+    (jnp.zeros((0, 2), jnp.int8), jnp.ones(1), ValueError, r'shape \(0, 2\)'),
+  ],
+)
+def test_what_cannot_be_packed_is_refused(codes, scale, error, message):
+  # Past jaxtyping, which is there in the tests alone.
+  with pytest.raises(error, match=message):
+    packed.pack.__wrapped__(codes, scale, format='two_bit', scale_axis='out')
+
+
+@pytest.mark.parametrize('axis', ['in', 'out'])
+def test_dequantized_is_the_scale_of_its_block_times_the_code(axis):
+  m = matrix('base_three', scale_axis=axis)
+  codes, scale = (np.asarray(a) for a in packed.unpack(m))
+  got = packed.dequantize(m)
+  for n, k in np.ndindex(4, 10):
+    block = n // 2 if axis == 'out' else k // 5
+    assert got[n, k] == codes[n, k] * scale[block]
+  # Four rows of two bytes, and two float32 scales, on either axis.
+  assert m.nbytes == 4 * 2 + 2 * 4
+
+
+def test_it_is_carried_by_transformations():
+  m = matrix()
+  want, _ = packed.unpack(m)
+  stack = jax.tree.map(lambda *leaves: jnp.stack(leaves), m, m, m)
+  mapped, _ = jax.vmap(packed.unpack)(stack)
+  _, scanned = jax.lax.scan(lambda c, m: (c, packed.unpack_codes(m)), 0, stack)
+  for got in (*mapped, *scanned, packed.unpack_codes(jax.device_put(m))):
+    np.testing.assert_array_equal(got, want)
+
+
+def test_its_buffers_can_be_donated():
+  m = matrix()
+  doubled = jax.jit(
+    lambda m: dataclasses.replace(m, scale=2 * m.scale), donate_argnums=0
+  )(m)
+  assert m.data.is_deleted() and m.scale.is_deleted()
+  np.testing.assert_array_equal(doubled.scale, [1, 2])
+  packed.check(doubled)
+
+
 def test_it_is_a_pytree_with_static_layout():
   m = matrix()
   leaves, treedef = jax.tree.flatten(m)

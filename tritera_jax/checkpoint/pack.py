@@ -316,7 +316,7 @@ def pack(
     )
   folder = run / 'packed' / format
   write(model, folder, run / 'tokenizer.json')
-  stored = sum(8 * (m.data.nbytes + m.scale.nbytes)
+  stored = sum(8 * m.nbytes
                for m in model.matrices.values())  # fmt: skip
   return PackReport(
     folder,

@@ -6,6 +6,7 @@ IMPLEMENTATIONS before those it should beat, and run `testing.check` on every
 case from its test.
 """
 
+from collections.abc import Callable
 import functools
 from typing import NamedTuple
 
@@ -13,7 +14,8 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Shaped
 
-from tritera_kernels.matmul import reference
+from tritera_kernels import packed as packed_lib
+from tritera_kernels.matmul import reference, refusal
 from tritera_kernels.matmul.implementation import Implementation, Platform
 from tritera_kernels.packed import PackedTernary
 
@@ -38,8 +40,9 @@ def plan(
   """The first implementation that does not refuse; the named one if named.
 
   Raises:
-    ValueError: the name is unknown, or that implementation refuses: its
-      reason is given, and every other's.
+    ValueError: the name is unknown.
+    Refused: (a ValueError) that implementation refuses: its reason is given,
+      and every other's.
   """
   names = [candidate.name for candidate in IMPLEMENTATIONS]
   if implementation is not None and implementation not in names:
@@ -54,7 +57,7 @@ def plan(
     elif implementation in (None, candidate.name):
       return Plan(candidate, refusals)
   listed = '; '.join(f'{name}: {why}' for name, why in refusals.items())
-  raise ValueError(
+  raise refusal.Refused(
     f'implementation={implementation!r} refuses this call on {platform} '
     f'({listed})'
   )
@@ -69,9 +72,10 @@ def ternary_matmul(
 ) -> Float[Array, '*batch N']:
   """x (scale * codes)^T for packed codes [N, K]: see `reference.run`.
 
-  The platform is the one the program is lowered for. Differentiable in x for
-  float activations where the implementation is; int8 rounds, so its gradient
-  is zero or undefined.
+  The platform is the one the program is lowered for: a named implementation
+  that refuses it raises then, at lowering. Differentiable in x for float
+  activations where the implementation is; int8 rounds, so its gradient is
+  zero or undefined.
 
   Args:
     x: float32, bfloat16 or float16.
@@ -85,8 +89,8 @@ def ternary_matmul(
 
   Raises:
     TypeError: x is of another dtype.
-    ValueError: K differs, unknown activations or implementation, or the named
-      implementation refuses.
+    ValueError: K differs, unknown activations or implementation, a layout
+      that `packed.check_layout` refuses, or the named implementation refuses.
   """
   if x.dtype not in (jnp.float32, jnp.bfloat16, jnp.float16):
     raise TypeError(f'x is {x.dtype}; cast it to float32, bfloat16 or float16')
@@ -98,29 +102,39 @@ def ternary_matmul(
       f'x has shape {x.shape}; its last axis must be the K={K} inputs of the '
       'packed matrix'
     )
+  packed_lib.check_layout(packed)
   x_MK = x.reshape(-1, K)
-  chosen = {
-    platform: plan(x_MK, packed, activations, platform, implementation).chosen
-    for platform in _platforms(implementation)
-  }
-  runs = {
-    platform: functools.partial(_run, choice, activations)
-    for platform, choice in chosen.items()
-  }
-  if len(set(chosen.values())) == 1:
+  runs = _runs(x_MK, packed, activations, implementation)
+  if len(set(runs.values())) == 1:
     y_MN = next(iter(runs.values()))(x_MK, packed)
   else:
     y_MN = jax.lax.platform_dependent(x_MK, packed, **runs)
   return y_MN.reshape(*x.shape[:-1], N)
 
 
-def _run(choice: Implementation, activations: str, x_MK, packed):
-  return choice.run(x_MK, packed, activations)
+def _runs(
+  x_MK, packed: PackedTernary, activations: str, implementation: str | None
+) -> dict[Platform, Callable]:
+  """What each platform runs; equal functions where the choice is the same."""
+
+  @functools.cache
+  def run(choice: Implementation):
+    return lambda x_MK, packed: choice.run(x_MK, packed, activations)
+
+  runs, refused = {}, {}
+  for platform in PLATFORMS:
+    try:
+      choice = plan(x_MK, packed, activations, platform, implementation).chosen
+      runs[platform] = run(choice)
+    except refusal.Refused as error:
+      refused[platform] = str(error)
+  if not runs:
+    raise refusal.Refused('\n'.join(refused.values()))
+  for platform, message in refused.items():
+    runs[platform] = functools.partial(_refused, message, activations)
+  return runs
 
 
-def _platforms(implementation: str | None) -> tuple[Platform, ...]:
-  """Those to plan for: a named implementation's own, if it has some."""
-  for candidate in IMPLEMENTATIONS:
-    if candidate.name == implementation and candidate.platforms:
-      return candidate.platforms
-  return PLATFORMS
+def _refused(message: str, activations: str, x_MK, packed: PackedTernary):
+  """Has the shape, dtype and derivatives of a result, and raises."""
+  return reference.run(refusal.refuse(x_MK, message), packed, activations)
