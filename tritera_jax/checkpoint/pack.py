@@ -316,8 +316,7 @@ def pack(
     )
   folder = run / 'packed' / format
   write(model, folder, run / 'tokenizer.json')
-  stored = sum(8 * m.nbytes
-               for m in model.matrices.values())  # fmt: skip
+  stored = sum(8 * m.nbytes for m in model.matrices.values())
   return PackReport(
     folder,
     format,
