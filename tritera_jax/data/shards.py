@@ -5,11 +5,12 @@ A dataset is a folder or bucket prefix:
 
   manifest.json                  written last: without it, unfinished
   tokenizer.json
-  <split>/<00000>.tokens.zarr3   uint16 or uint32 [tokens]
-  <split>/<00000>.ends.zarr3     uint64 [documents], exclusive end offsets
+  <split>/<shard>.tokens.zarr3   uint16 or uint32 [tokens]
+  <split>/<shard>.ends.zarr3     uint64 [documents], exclusive end offsets
 
 Every document ends with the tokenizer's end-of-text token, which its end
-offset includes.
+offset includes. A long document may go on in the next shard: it counts where
+it ends.
 
 An array lies in files of up to 2^24 elements (zarr3's sharding), read in
 chunks of 2^14: few files, and a window costs 32 KiB of reading rather than a
@@ -28,6 +29,8 @@ import numpy as np
 import pydantic
 import tensorstore as ts
 
+from tritera_jax.data import storage
+
 KIND, VERSION = 'tritera-tokens', 1
 _FILE, _CHUNK = 2**24, 2**14  # elements
 _CACHE_BYTES = 2**28
@@ -42,9 +45,9 @@ class Shard:
   """One pair of arrays. `path` is relative to the dataset, without ending.
 
   Attributes:
-    path: such as 'train/00000'.
+    path: such as 'train/00000-000'.
     tokens: length of the token array.
-    documents: length of the ends array.
+    documents: length of the ends array: those that end here.
     bytes: UTF-8 bytes of the documents, without the document ends.
     sha256: of the tokens as little-endian integers.
   """
@@ -67,6 +70,7 @@ class Manifest:
     dtype: of the token arrays.
     splits: shards of each split, in order.
     recipe: arguments that made it, to tell a finished dataset from another.
+    left_out: documents that were empty or not text.
     kind, version: of this format.
   """
 
@@ -76,20 +80,13 @@ class Manifest:
   dtype: str
   splits: dict[str, list[Shard]]
   recipe: dict[str, Any]
+  left_out: int = 0
   kind: str = KIND
   version: int = VERSION
 
 
-def _kvstore(root: str | Path, path: str = '') -> str | dict:
-  """Where TensorStore finds `path`; `root` is a folder or a URL (gs://...)."""
-  if '://' in str(root):
-    return f'{str(root).rstrip("/")}/{path}'
-  # Not as file://: in a URL, '#' and '%' of a folder's name mean something.
-  return {'driver': 'file', 'path': f'{Path(root).resolve()}/{path}'}
-
-
 def _spec(root: str | Path, path: str) -> dict:
-  return {'driver': 'zarr3', 'kvstore': _kvstore(root, f'{path}/')}
+  return {'driver': 'zarr3', 'kvstore': storage.kvstore(root, f'{path}/')}
 
 
 def token_dtype(vocab_size: int) -> str:
@@ -138,10 +135,9 @@ def write_shard(
 
 
 def write_manifest(root: str | Path, manifest: Manifest):
-  """Declares a dataset finished. TensorStore's writes are whole or nothing."""
+  """Declares a dataset finished."""
   text = json.dumps(dataclasses.asdict(manifest), indent=2) + '\n'
-  store = ts.KvStore.open(_kvstore(root)).result()
-  store.write('manifest.json', text.encode()).result()
+  storage.write(root, 'manifest.json', text.encode())
 
 
 def read_manifest(root: str | Path) -> Manifest:
@@ -152,17 +148,15 @@ def read_manifest(root: str | Path) -> Manifest:
     ValueError: a field is missing, unknown, of a wrong type or value.
   """
   file = f'{root}/manifest.json'
-  found = (
-    ts.KvStore.open(_kvstore(root)).result().read('manifest.json').result()
-  )
-  if found.state != 'value':
+  text = storage.read(root, 'manifest.json')
+  if text is None:
     raise FileNotFoundError(
       f'{root} has no manifest.json: not a dataset, or one whose `tritera '
       'prepare` did not finish; run that again'
     )
   try:
     manifest = pydantic.TypeAdapter(Manifest).validate_json(
-      found.value, strict=True, extra='forbid'
+      text, strict=True, extra='forbid'
     )
   except pydantic.ValidationError as error:
     problems = '; '.join(
@@ -208,10 +202,19 @@ class TokenSource:
     self.documents = sum(shard.documents for shard in shards)
     self.bytes = sum(shard.bytes for shard in shards)
     self._starts = np.cumsum([0] + [shard.tokens for shard in shards])
-    context = ts.Context({'cache_pool': {'total_bytes_limit': _CACHE_BYTES}})
-    self._arrays = [self._open(shard, context) for shard in shards]
+    self._context = ts.Context(
+      {'cache_pool': {'total_bytes_limit': _CACHE_BYTES}}
+    )
+    # Opened when first read: a large dataset has thousands, a bucket answers
+    # slowly. Threads may open one twice, which is harmless.
+    self._arrays: dict[int, ts.TensorStore] = {}
 
-  def _open(self, shard: Shard, context: ts.Context) -> ts.TensorStore:
+  def _array(self, index: int) -> ts.TensorStore:
+    if index not in self._arrays:
+      self._arrays[index] = self._open(self.shards[index])
+    return self._arrays[index]
+
+  def _open(self, shard: Shard) -> ts.TensorStore:
     where = f'{self.root}/{shard.path}.tokens.zarr3'
     try:
       spec = _spec(self.root, f'{shard.path}.tokens.zarr3')
@@ -220,7 +223,7 @@ class TokenSource:
         spec | {'fill_missing_data_reads': False},
         open=True,
         read=True,
-        context=context,
+        context=self._context,
         recheck_cached_data=False,
         recheck_cached_metadata=False,
       ).result()
@@ -244,30 +247,36 @@ class TokenSource:
 
     Raises:
       IndexError: the range leaves the split.
-      ValueError: a chunk is missing or damaged.
+      ValueError: a chunk is missing or damaged, or an id is past the
+        vocabulary.
     """
     if not 0 <= start <= stop <= self.tokens:
       raise IndexError(
         f'tokens {start}..{stop} of a split of {self.tokens} tokens'
       )
-    first = int(np.searchsorted(self._starts, start, 'right')) - 1
+    index = int(np.searchsorted(self._starts, start, 'right')) - 1
     parts = []
-    for array, begin in zip(
-      self._arrays[first:], self._starts[first:], strict=False
-    ):
-      if begin >= stop:
-        break
-      low, high = max(start - begin, 0), min(stop - begin, array.shape[0])
-      parts.append(array[int(low) : int(high)].read())
+    while index < len(self.shards) and self._starts[index] < stop:
+      begin, end = map(int, self._starts[index : index + 2])
+      low, high = max(start, begin) - begin, min(stop, end) - begin
+      parts.append(self._array(index)[low:high].read())
+      index += 1
     try:
       parts = [part.result() for part in parts]
     except ValueError as error:
       raise ValueError(
         f'{self.root}: {error}; the dataset is damaged: prepare again'
       ) from None
-    if not parts:
-      return np.zeros(0, self.manifest.dtype)
-    return np.concatenate(parts)
+    tokens = (
+      np.concatenate(parts) if parts else np.zeros(0, self.manifest.dtype)
+    )
+    if tokens.size and int(tokens.max()) >= self.vocab_size:
+      raise ValueError(
+        f'{self.root}: token {start + int(tokens.argmax())} of the split has '
+        f'id {tokens.max()}, past the vocabulary of {self.vocab_size}; the '
+        'dataset is damaged: prepare again'
+      )
+    return tokens
 
   def verify(self):
     """Reads every token against the digests and the vocabulary.
@@ -277,11 +286,6 @@ class TokenSource:
     """
     for shard, start in zip(self.shards, self._starts, strict=False):
       tokens = self.read(int(start), int(start) + shard.tokens)
-      if tokens.size and int(tokens.max()) >= self.vocab_size:
-        raise ValueError(
-          f'{self.root}/{shard.path} has id {tokens.max()}, past the '
-          f'vocabulary of {self.vocab_size}'
-        )
       little = tokens.astype(tokens.dtype.newbyteorder('<'))
       if hashlib.sha256(little).hexdigest() != shard.sha256:
         raise ValueError(

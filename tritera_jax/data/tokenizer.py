@@ -9,6 +9,8 @@ from pathlib import Path
 import tokenizers
 from tokenizers import decoders, models, pre_tokenizers, trainers
 
+from tritera_jax.data import storage
+
 END_OF_TEXT = '<|endoftext|>'
 
 # Where a token may not cross: a line end with the indentation that follows it
@@ -60,7 +62,7 @@ def train_tokenizer(
 
 
 def load_tokenizer(path: str | Path) -> tokenizers.Tokenizer:
-  """Reads a Hugging Face tokenizer.json.
+  """Reads a Hugging Face tokenizer.json, from a folder or a bucket.
 
   Truncation and padding, which some of these files ask for, are turned off:
   they would drop text.
@@ -69,11 +71,12 @@ def load_tokenizer(path: str | Path) -> tokenizers.Tokenizer:
     FileNotFoundError: there is no such file.
     ValueError: it is not a tokenizer.
   """
-  path = Path(path)
-  if not path.is_file():
+  folder, _, name = str(path).rpartition('/')
+  text = storage.read(folder or '.', name)
+  if text is None:
     raise FileNotFoundError(f'no tokenizer at {path}')
   try:
-    tokenizer = tokenizers.Tokenizer.from_str(path.read_text('utf-8'))
+    tokenizer = tokenizers.Tokenizer.from_str(text.decode())
   except Exception as error:  # the library raises bare Exception
     raise ValueError(f'{path} is not a tokenizer.json: {error}') from None
   tokenizer.no_truncation()
