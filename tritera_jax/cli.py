@@ -180,7 +180,7 @@ def _generate(args: list[str]):
       load.load(path, activations=activations),
       prompt,
       stdin=sys.stdin,
-      stdout=sys.stdout,
+      write=functools.partial(print, end='', flush=True),
       new_tokens=new_tokens,
       sampling=Sampling(temperature, top_k, top_p, min_p, repetition_penalty),
       seed=seed,

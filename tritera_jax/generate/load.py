@@ -110,15 +110,9 @@ def complete_all(
   A row is drawn from the seed and its place in the batch, whatever the other
   rows are.
   """
-  *_, texts = _growing_texts(
-    loaded,
-    prompts,
-    new_tokens=new_tokens,
-    sampling=sampling,
-    seed=seed,
-    stop=stop,
-    piece=_PIECE if stop else new_tokens,
-  )
+  decoding = _start(loaded, prompts, new_tokens, sampling, seed, stop)
+  piece = _PIECE if stop else new_tokens
+  *_, texts = _growing_texts(loaded, decoding, stop, piece)
   return texts
 
 
@@ -133,39 +127,34 @@ def stream(
 ) -> Iterator[str]:
   """The text of `complete`, in pieces as it comes.
 
-  No piece holds a part of a character or of a stop string. Arguments and
-  errors are those of `complete`.
+  No piece holds a part of a stop string, nor of a character while the rest
+  may come. Arguments and errors are those of `complete`; what is refused is
+  refused at the call.
   """
-  shown = 0
-  for [text] in _growing_texts(
-    loaded,
-    [prompt],
-    new_tokens=new_tokens,
-    sampling=sampling,
-    seed=seed,
-    stop=stop,
-    piece=_PIECE,
-  ):
-    if len(text) > shown:
-      yield text[shown:]
-      shown = len(text)
+  decoding = _start(loaded, [prompt], new_tokens, sampling, seed, stop)
+
+  def pieces():
+    shown = 0
+    for [text] in _growing_texts(loaded, decoding, stop, _PIECE):
+      if len(text) > shown:
+        yield text[shown:]
+        shown = len(text)
+
+  return pieces()
 
 
-def _growing_texts(
+def _start(
   loaded: Loaded,
   prompts: Sequence[str],
-  *,
   new_tokens: int,
   sampling: Sampling,
   seed: int,
   stop: Sequence[str],
-  piece: int,
-) -> Iterator[list[str]]:
-  """The settled text of each prompt every `piece` tokens, until all end."""
+) -> engine.Decoding:
   stopping.check(stop)
   end = tokenizer_lib.end_of_text_id(loaded.tokenizer)
   room = max(loaded.model.config.context_length - new_tokens, 1)
-  decoding = engine.Decoding(
+  return engine.Decoding(
     loaded.model,
     [(loaded.tokenizer.encode(p).ids or [end])[-room:] for p in prompts],
     new_tokens=new_tokens,
@@ -173,6 +162,12 @@ def _growing_texts(
     sampling=sampling,
     seed=seed,
   )
+
+
+def _growing_texts(
+  loaded: Loaded, decoding: engine.Decoding, stop: Sequence[str], piece: int
+) -> Iterator[list[str]]:
+  """The settled text of each row every `piece` tokens, until all end."""
   while not all(decoding.done):
     decoding.advance(piece)
     texts = []

@@ -3,19 +3,28 @@
 
 from collections.abc import Callable, Iterator, Sequence
 import functools
-from typing import TextIO
+from typing import Protocol, runtime_checkable
 
 from tritera_jax.generate import load
 from tritera_jax.generate.load import Loaded
 from tritera_jax.generate.sampling import Sampling
 
 
+@runtime_checkable
+class Input(Protocol):
+  """The part of sys.stdin that is used."""
+
+  def isatty(self) -> bool: ...
+  def read(self) -> str: ...
+  def readline(self) -> str: ...
+
+
 def run(
   loaded: Loaded,
   prompts: Sequence[str],
   *,
-  stdin: TextIO,
-  stdout: TextIO,
+  stdin: Input,
+  write: Callable[[str], object],
   new_tokens: int,
   sampling: Sampling = Sampling(),
   seed: int = 0,
@@ -37,7 +46,7 @@ def run(
       stop=stop,
     )
     for prompt, text in zip(prompts, texts, strict=True):
-      print(prompt + text, file=stdout)
+      write(f'{prompt}{text}\n')
     return
   pieces = functools.partial(
     load.stream,
@@ -48,39 +57,46 @@ def run(
     stop=stop,
   )
   if not prompts and stdin.isatty():
-    dialogue(pieces, stdin=stdin, stdout=stdout)
+    dialogue(pieces, stdin=stdin, write=write)
   else:
     [prompt] = prompts or [stdin.read()]
-    _write(pieces, prompt, stdout)
+    _write(pieces, prompt, write)
 
 
 def dialogue(
-  pieces: Callable[[str], Iterator[str]], *, stdin: TextIO, stdout: TextIO
+  pieces: Callable[[str], Iterator[str]],
+  *,
+  stdin: Input,
+  write: Callable[[str], object],
 ):
   """Continues each line of `stdin`, until an empty one or its end.
 
   Args:
     pieces: the continuation of a prompt, in pieces.
     stdin: KeyboardInterrupt while it is read brings the next line.
-    stdout: KeyboardInterrupt while it is written to ends the continuation.
+    write: shows a text at once; KeyboardInterrupt ends the continuation.
   """
   while True:
     try:
-      print('> ', end='', flush=True, file=stdout)
+      write('> ')
       line = stdin.readline()
       prompt = line.removesuffix('\n')
       if not prompt:
         if not line:  # Ctrl-D leaves the cursor behind the sign
-          print(file=stdout)
+          write('\n')
         return
-      _write(pieces, prompt, stdout)
+      _write(pieces, prompt, write)
     except KeyboardInterrupt:
-      print(file=stdout)
+      write('\n')
 
 
-def _write(pieces: Callable[[str], Iterator[str]], prompt: str, stdout: TextIO):
-  write = functools.partial(print, end='', flush=True, file=stdout)
+def _write(
+  pieces: Callable[[str], Iterator[str]],
+  prompt: str,
+  write: Callable[[str], object],
+):
+  continuation = pieces(prompt)  # what is refused writes nothing
   write(prompt)
-  for piece in pieces(prompt):
+  for piece in continuation:
     write(piece)
   write('\n')
