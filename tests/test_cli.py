@@ -1,4 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
+import io
+
 import pytest
 
 from tritera_jax import cli
@@ -55,7 +57,9 @@ def test_a_refusal_is_one_line_and_exit_code_one(capsys, tmp_path):
   )
 
 
-def test_eval_pack_generate_and_doctor(capsys, tiny_data, tiny_run):
+def test_eval_pack_generate_and_doctor(
+  capsys, monkeypatch, tiny_data, tiny_run
+):
   code, out, _ = run(capsys, 'eval', tiny_run, '--baselines')
   assert code == 0 and 'bits/byte' in out and 'gzip -9' in out
   code, out, _ = run(
@@ -69,6 +73,29 @@ def test_eval_pack_generate_and_doctor(capsys, tiny_data, tiny_run):
     capsys, 'generate', tiny_run, '--prompt', 'def ', '--new-tokens', 4
   )
   assert code == 0 and out.startswith('def ')
+  one = out
+  code, out, _ = run(
+    capsys, 'generate', tiny_run, '--prompt', 'def ', '--prompt', 'x',
+    '--new-tokens', 4,
+  )  # fmt: skip
+  assert code == 0 and out.startswith(one) and out[len(one)] == 'x'
+  code, out, _ = run(
+    capsys, 'generate', tiny_run, '--prompt', 'def ', '--new-tokens', 4,
+    '--stop', one[5:-1], '--stop', 'never', '--min-p', 0.1,
+  )  # fmt: skip
+  body = one[4:-1]
+  assert (code, out) == (0, f'def {body[: body.index(one[5:-1])]}\n')
+  code, out, err = run(
+    capsys, 'generate', tiny_run, '--prompt', 'x', '--stop', ''
+  )
+  assert (code, out) == (1, '') and 'has an empty string' in err
+  code, _, err = run(
+    capsys, 'generate', tiny_run, '--prompt', 'x', '--repetition-penalty', 0
+  )
+  assert code == 1 and 'repetition_penalty=0.0 must be > 0' in err
+  monkeypatch.setattr('sys.stdin', io.StringIO('def '))
+  code, out, _ = run(capsys, 'generate', tiny_run, '--new-tokens', 4)
+  assert (code, out) == (0, one)
   code, out, _ = run(capsys, 'doctor')
   assert code == 0 and 'reference' in out
 

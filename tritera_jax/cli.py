@@ -146,38 +146,46 @@ def _generate(args: list[str]):
 
   def generate(
     path: Positional[Path],
-    prompt: str,
+    prompt: tyro.conf.UseAppendAction[tuple[str, ...]] = (),
     new_tokens: int = 64,
     temperature: float = 0.0,
     top_k: int = 0,
     top_p: float = 1.0,
+    min_p: float = 0.0,
+    repetition_penalty: float = 1.0,
+    stop: tyro.conf.UseAppendAction[tuple[str, ...]] = (),
     seed: int = 0,
     activations: Activations | None = None,
   ):
-    """Continues a prompt.
+    """Continues a prompt, or several.
 
     Args:
       path: run folder or packed folder.
-      prompt: text to continue.
+      prompt: text to continue; may be repeated. Without it: stdin or, on a
+        terminal, each line typed, until an empty one (Ctrl-C ends a text).
       new_tokens: most tokens to add.
       temperature: 0 takes the most likely token.
       top_k: sample from the k most likely tokens; 0 from all.
       top_p: sample from the most likely tokens of total probability p.
+      min_p: sample from tokens at least min_p times as likely as the first.
+      repetition_penalty: above 1 makes tokens already there less likely.
+      stop: text that ends the continuation, such as $'\\n'; may be repeated.
       seed: of sampling.
       activations: of a packed model: float or int8; default: its record's.
     """
-    from tritera_jax.generate import load
+    from tritera_jax.generate import load, terminal
     from tritera_jax.generate.sampling import Sampling
 
-    loaded = load.load(path, activations=activations)
-    text = load.complete(
-      loaded,
+    terminal.run(
+      load.load(path, activations=activations),
       prompt,
+      stdin=sys.stdin,
+      write=functools.partial(print, end='', flush=True),
       new_tokens=new_tokens,
-      sampling=Sampling(temperature, top_k, top_p),
+      sampling=Sampling(temperature, top_k, top_p, min_p, repetition_penalty),
       seed=seed,
+      stop=stop,
     )
-    print(prompt + text)
 
   tyro.cli(generate, args=args, prog='tritera generate')
 

@@ -26,14 +26,16 @@ def latent(tiny_run):
   return load.load(tiny_run)
 
 
-def slow_greedy(model, prompt, new_tokens, stop):
+def slow_greedy(model, prompt, new_tokens, stop, penalty=1.0):
   """Without a cache: the whole sequence anew for each token."""
   forward = jax.jit(lambda tokens: model(tokens)[0])
   ids = list(prompt)
   for _ in range(new_tokens):
     # Causal: what fills the row up changes nothing before it.
     row = jnp.asarray([ids + [0] * (32 - len(ids))], jnp.int32)
-    logits = forward(row)[0, len(ids) - 1]
+    logits = np.array(forward(row)[0, len(ids) - 1])
+    for i in set(ids):
+      logits[i] = logits[i] / penalty if logits[i] > 0 else logits[i] * penalty
     token = int(np.argmax(logits[: model.config.vocab_size]))
     if token == stop:
       break
@@ -46,6 +48,65 @@ def test_greedy_is_the_argmax_of_uncached_logits_for_ragged_prompts(lively):
   got = engine.generate(lively, PROMPTS, new_tokens=9, stop=0)
   assert got == want
   assert len(set(map(tuple, got))) == 3
+
+
+def test_the_penalty_sees_each_rows_prompt_and_continuation(lively):
+  # Strong enough that no token comes twice, and none of the prompt's.
+  want = [slow_greedy(lively, p, 9, 0, penalty=1e3) for p in PROMPTS]
+  got = engine.generate(
+    lively,
+    PROMPTS,
+    new_tokens=9,
+    stop=0,
+    sampling=Sampling(repetition_penalty=1e3),
+  )
+  assert got == want
+  assert got != engine.generate(lively, PROMPTS, new_tokens=9, stop=0)
+  mild = [slow_greedy(lively, p, 9, 0, penalty=1.2) for p in PROMPTS]
+  assert mild == engine.generate(
+    lively,
+    PROMPTS,
+    new_tokens=9,
+    stop=0,
+    sampling=Sampling(repetition_penalty=1.2),
+  )
+
+
+@pytest.mark.parametrize(
+  'settings',
+  [Sampling(), Sampling(temperature=1.5, repetition_penalty=1.3)],
+)
+def test_pieces_of_any_length_give_the_same_tokens(lively, settings):
+  arguments = {'new_tokens': 9, 'stop': 0, 'sampling': settings, 'seed': 3}
+  want = engine.generate(lively, PROMPTS, **arguments)
+  for pieces in ([1] * 9, [2, 3, 9], [8, 8]):
+    decoding = engine.Decoding(lively, PROMPTS, **arguments)
+    for tokens in pieces:
+      assert not all(decoding.done)
+      before = decoding.rows
+      decoding.advance(tokens)
+      for old, new in zip(before, decoding.rows, strict=True):
+        assert new[: len(old)] == old
+    assert all(decoding.done)
+    assert decoding.rows == want
+
+
+def test_a_row_that_is_ended_stays_and_the_others_go_on(lively):
+  want = engine.generate(lively, PROMPTS, new_tokens=9, stop=0)
+  decoding = engine.Decoding(lively, PROMPTS, new_tokens=9, stop=0)
+  decoding.advance(4)
+  decoding.end(1)
+  assert decoding.done == [False, True, False]
+  decoding.advance(9)
+  assert decoding.rows == [want[0], want[1][:4], want[2]]
+
+
+def test_a_greedy_row_is_what_it_is_alone(lively):
+  together = engine.generate(lively, PROMPTS, new_tokens=9, stop=0)
+  alone = [
+    engine.generate(lively, [p], new_tokens=9, stop=0)[0] for p in PROMPTS
+  ]
+  assert together == alone
 
 
 def test_a_row_ends_at_the_stop_token(lively):

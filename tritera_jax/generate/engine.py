@@ -1,15 +1,17 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Prefill and decoding of a whole batch inside one jit.
+"""A batch is prefilled by one jit and decoded, some tokens a call, by another.
 
 Shapes: B rows, P padded prompt length, N new tokens, V padded vocabulary.
 """
 
 from collections.abc import Sequence
 import functools
+from typing import NamedTuple
 
 from flax import nnx
 import jax
 import jax.numpy as jnp
+from jaxtyping import Array, Bool, Int32, Key, PyTree
 import numpy as np
 
 from tritera_jax.generate import sampling as sampling_lib
@@ -35,24 +37,45 @@ def empty_cache(model: Decoder, rows: int, slots: int):
   return [zeros() for _ in range(config.layers)]
 
 
-@functools.partial(jax.jit, static_argnums=(0, 5, 6, 7))
-def _generate(
-  graphdef, state, tokens_BP, length_B, key, new_tokens, sampling, stop
-):
-  model: Decoder = nnx.merge(graphdef, state)
-  B, P = tokens_BP.shape
-  no_token_V = jnp.arange(model.config.padded_vocab_size) >= (
-    model.config.vocab_size
+class _Carry(NamedTuple):
+  """What decoding carries from token to token; donated from call to call."""
+
+  cache: PyTree
+  key_B: Key[Array, ' B']
+  length_B: Int32[Array, ' B']  # of the prompts
+  n: Int32[Array, '']  # tokens chosen so far
+  token_B: Int32[Array, ' B']  # the newest; not in the cache yet
+  done_B: Bool[Array, ' B']
+  out_BN: Int32[Array, 'B N']  # `stop` where no token is chosen yet
+  seen_BV: Bool[Array, 'B V'] | None  # None: there is no repetition penalty
+
+
+def _append(model: Decoder, sampling: Sampling, stop, carry, logits_BV):
+  """`carry` with one more token a row."""
+  no_token_V = jnp.arange(logits_BV.shape[1]) >= model.config.vocab_size
+  logits_BV = jnp.where(no_token_V, -jnp.inf, logits_BV)
+  now_B = jax.vmap(jax.random.fold_in, (0, None))(carry.key_B, carry.n)
+  token_B = sampling_lib.sample(sampling, now_B, logits_BV, carry.seen_BV)
+  token_B = jnp.where(carry.done_B, stop, token_B)
+  seen_BV = carry.seen_BV
+  if seen_BV is not None:
+    seen_BV = seen_BV.at[jnp.arange(len(token_B)), token_B].set(True)
+  return carry._replace(
+    n=carry.n + 1,
+    token_B=token_B,
+    done_B=carry.done_B | (token_B == stop),
+    out_BN=carry.out_BN.at[:, carry.n].set(token_B),
+    seen_BV=seen_BV,
   )
 
-  # A row's randomness depends on the seed, the row and the position alone.
-  key_B = jax.vmap(jax.random.fold_in, (None, 0))(key, jnp.arange(B))
 
-  def choose(logits_BV, n):
-    logits_BV = jnp.where(no_token_V, -jnp.inf, logits_BV)
-    now_B = jax.vmap(jax.random.fold_in, (0, None))(key_B, n)
-    return sampling_lib.sample(sampling, now_B, logits_BV)
-
+@functools.partial(jax.jit, static_argnums=(0, 2, 3))
+def _prefill(
+  graphdef, params, sampling, new_tokens, stop, tokens_BP, length_B, key
+):
+  """Reads the prompts and chooses the first token of each."""
+  model: Decoder = nnx.merge(graphdef, params)
+  B, P = tokens_BP.shape
   # Slots past a row's prompt hold padding until decoding overwrites them;
   # no query sees a slot past its own position.
   cache = empty_cache(model, B, P + new_tokens)
@@ -61,26 +84,118 @@ def _generate(
   last_BV = jnp.take_along_axis(
     logits_BPV, (length_B - 1)[:, None, None], axis=1
   )[:, 0]
+  seen_BV = None
+  if sampling.repetition_penalty != 1:
+    seen_BV = jnp.zeros(last_BV.shape, bool)
+    seen_BV = seen_BV.at[jnp.arange(B)[:, None], tokens_BP].max(
+      positions_BP < length_B[:, None]
+    )
+  carry = _Carry(
+    cache=cache,
+    # A row's randomness depends on the seed, the row and the position alone.
+    key_B=jax.vmap(jax.random.fold_in, (None, 0))(key, jnp.arange(B)),
+    length_B=length_B,
+    n=jnp.int32(0),
+    token_B=jnp.zeros((B,), jnp.int32),
+    done_B=jnp.zeros((B,), bool),
+    out_BN=jnp.full((B, new_tokens), stop, jnp.int32),
+    seen_BV=seen_BV,
+  )
+  return _append(model, sampling, stop, carry, last_BV)
+
+
+@functools.partial(jax.jit, static_argnums=(0, 2), donate_argnums=4)
+def _decode(graphdef, params, sampling, stop, carry, ended_B, until):
+  """Decodes until each row has `until` tokens or is done.
+
+  `until` is traced: pieces of any length share one compilation.
+  """
+  model: Decoder = nnx.merge(graphdef, params)
 
   def body(carry):
-    n, token_B, done_B, out_BN, cache = carry
-    done_B |= token_B == stop
     logits_B1V, cache = model(
-      token_B[:, None], (length_B + n - 1)[:, None], cache
+      carry.token_B[:, None],
+      (carry.length_B + carry.n - 1)[:, None],
+      carry.cache,
     )
-    token_B = jnp.where(done_B, stop, choose(logits_B1V[:, 0], n))
-    return n + 1, token_B, done_B, out_BN.at[:, n].set(token_B), cache
+    carry = carry._replace(cache=cache)
+    return _append(model, sampling, stop, carry, logits_B1V[:, 0])
 
-  first_B = choose(last_BV, 0)
-  out_BN = jnp.full((B, new_tokens), stop, jnp.int32).at[:, 0].set(first_B)
-  _, _, _, out_BN, _ = jax.lax.while_loop(
-    lambda carry: (
-      (carry[0] < new_tokens) & ~jnp.all(carry[2] | (carry[1] == stop))
-    ),
+  return jax.lax.while_loop(
+    lambda carry: (carry.n < until) & ~jnp.all(carry.done_B),
     body,
-    (jnp.int32(1), first_B, jnp.zeros((B,), bool), out_BN, cache),
+    carry._replace(done_B=carry.done_B | ended_B),
   )
-  return out_BN
+
+
+class Decoding:
+  """Prompts that are being continued, some tokens a call.
+
+  The tokens do not depend on how many each call asks for.
+
+  Attributes:
+    rows: the continuations so far, without `stop`.
+    done: of each row, whether it is complete.
+  """
+
+  def __init__(
+    self,
+    model: Decoder,
+    prompts: Sequence[Sequence[int]],
+    *,
+    new_tokens: int,
+    stop: int,
+    sampling: Sampling = Sampling(),
+    seed: int = 0,
+  ):
+    """Reads the prompts; arguments and errors as of `generate`."""
+    _check_prompts(model.config, prompts, new_tokens)
+    lengths = [len(prompt) for prompt in prompts]
+    padded = -(-max(lengths) // _PROMPT_MULTIPLE) * _PROMPT_MULTIPLE
+    tokens_BP = np.zeros((len(prompts), padded), np.int32)
+    for row, prompt in enumerate(prompts):
+      tokens_BP[row, : len(prompt)] = prompt
+    self._new_tokens = new_tokens
+    self._stop = stop
+    self._sampling = sampling
+    self._model = nnx.split(model)
+    self._carry = _prefill(
+      *self._model,
+      sampling,
+      new_tokens,
+      stop,
+      tokens_BP,
+      np.asarray(lengths, np.int32),
+      jax.random.key(seed),
+    )
+    self._until = 0
+    self._done_B = np.zeros((len(prompts),), bool)
+    self.rows: list[list[int]] = [[] for _ in prompts]
+
+  @property
+  def done(self) -> list[bool]:
+    return (self._done_B | (self._until >= self._new_tokens)).tolist()
+
+  def end(self, row: int):
+    """Adds nothing more to `row`."""
+    self._done_B[row] = True
+
+  def advance(self, tokens: int):
+    """Adds up to `tokens` tokens to each row that is not done."""
+    self._until = min(self._until + tokens, self._new_tokens)
+    self._carry = _decode(
+      *self._model,
+      self._sampling,
+      self._stop,
+      self._carry,
+      self._done_B,
+      np.int32(self._until),
+    )
+    # Copies: the next call may write over the arrays.
+    self._done_B = np.array(self._carry.done_B)
+    self.rows = [
+      _until(row, self._stop) for row in np.array(self._carry.out_BN).tolist()
+    ]
 
 
 def generate(
@@ -106,22 +221,16 @@ def generate(
     ValueError: an empty prompt, an id outside the vocabulary, or more tokens
       than the model's context holds.
   """
-  _check_prompts(model.config, prompts, new_tokens)
-  lengths = [len(prompt) for prompt in prompts]
-  padded = -(-max(lengths) // _PROMPT_MULTIPLE) * _PROMPT_MULTIPLE
-  tokens_BP = np.zeros((len(prompts), padded), np.int32)
-  for row, prompt in enumerate(prompts):
-    tokens_BP[row, : len(prompt)] = prompt
-  out_BN = _generate(
-    *nnx.split(model),
-    jnp.asarray(tokens_BP),
-    jnp.asarray(lengths, jnp.int32),
-    jax.random.key(seed),
-    new_tokens,
-    sampling,
-    stop,
+  decoding = Decoding(
+    model,
+    prompts,
+    new_tokens=new_tokens,
+    stop=stop,
+    sampling=sampling,
+    seed=seed,
   )
-  return [_until(row, stop) for row in np.asarray(out_BN).tolist()]
+  decoding.advance(new_tokens)
+  return decoding.rows
 
 
 def _until(row: list[int], stop: int) -> list[int]:

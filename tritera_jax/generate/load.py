@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A model to use, from a run folder or a packed one."""
+"""A model to use, from a run folder or a packed one, and what it writes."""
 
+from collections.abc import Iterator, Sequence
 import dataclasses
 from pathlib import Path
 from typing import NamedTuple
@@ -10,11 +11,13 @@ import tokenizers
 
 from tritera_jax.checkpoint import pack, restore
 from tritera_jax.data import tokenizer as tokenizer_lib
-from tritera_jax.generate import engine, packed
+from tritera_jax.generate import engine, packed, stopping
 from tritera_jax.generate.sampling import Sampling
 from tritera_jax.model import decoder, quantized
 from tritera_jax.model.decoder import Decoder
 from tritera_kernels.matmul import Activations
+
+_PIECE = 8  # tokens decoded between two looks at the text
 
 
 class Loaded(NamedTuple):
@@ -64,20 +67,115 @@ def complete(
   new_tokens: int,
   sampling: Sampling = Sampling(),
   seed: int = 0,
+  stop: Sequence[str] = (),
 ) -> str:
   """The text that continues `prompt`, without it.
 
   An empty prompt starts a document. A prompt past the context keeps its end.
+
+  Args:
+    loaded: model and tokenizer.
+    prompt: text to continue.
+    new_tokens: most tokens to add.
+    sampling: how tokens are chosen; greedy by default.
+    seed: the same seed, prompt and model give the same text.
+    stop: the text ends before the first occurrence of any of these.
+
+  Raises:
+    ValueError: an empty stop string, or more new tokens than the model's
+      context holds.
   """
-  stop = tokenizer_lib.end_of_text_id(loaded.tokenizer)
-  ids = loaded.tokenizer.encode(prompt).ids or [stop]
-  room = loaded.model.config.context_length - new_tokens
-  [continuation] = engine.generate(
-    loaded.model,
-    [ids[-max(room, 1) :]],
+  [text] = complete_all(
+    loaded,
+    [prompt],
     new_tokens=new_tokens,
+    sampling=sampling,
+    seed=seed,
     stop=stop,
+  )
+  return text
+
+
+def complete_all(
+  loaded: Loaded,
+  prompts: Sequence[str],
+  *,
+  new_tokens: int,
+  sampling: Sampling = Sampling(),
+  seed: int = 0,
+  stop: Sequence[str] = (),
+) -> list[str]:
+  """`complete` of each prompt, all in one batch.
+
+  A row is drawn from the seed and its place in the batch, whatever the other
+  rows are.
+  """
+  decoding = _start(loaded, prompts, new_tokens, sampling, seed, stop)
+  piece = _PIECE if stop else new_tokens
+  *_, texts = _growing_texts(loaded, decoding, stop, piece)
+  return texts
+
+
+def stream(
+  loaded: Loaded,
+  prompt: str,
+  *,
+  new_tokens: int,
+  sampling: Sampling = Sampling(),
+  seed: int = 0,
+  stop: Sequence[str] = (),
+) -> Iterator[str]:
+  """The text of `complete`, in pieces as it comes.
+
+  No piece holds a part of a stop string, nor of a character while the rest
+  may come. Arguments and errors are those of `complete`; what is refused is
+  refused at the call.
+  """
+  decoding = _start(loaded, [prompt], new_tokens, sampling, seed, stop)
+
+  def pieces():
+    shown = 0
+    for [text] in _growing_texts(loaded, decoding, stop, _PIECE):
+      if len(text) > shown:
+        yield text[shown:]
+        shown = len(text)
+
+  return pieces()
+
+
+def _start(
+  loaded: Loaded,
+  prompts: Sequence[str],
+  new_tokens: int,
+  sampling: Sampling,
+  seed: int,
+  stop: Sequence[str],
+) -> engine.Decoding:
+  stopping.check(stop)
+  end = tokenizer_lib.end_of_text_id(loaded.tokenizer)
+  room = max(loaded.model.config.context_length - new_tokens, 1)
+  return engine.Decoding(
+    loaded.model,
+    [(loaded.tokenizer.encode(p).ids or [end])[-room:] for p in prompts],
+    new_tokens=new_tokens,
+    stop=end,
     sampling=sampling,
     seed=seed,
   )
-  return loaded.tokenizer.decode(continuation)
+
+
+def _growing_texts(
+  loaded: Loaded, decoding: engine.Decoding, stop: Sequence[str], piece: int
+) -> Iterator[list[str]]:
+  """The settled text of each row every `piece` tokens, until all end."""
+  while not all(decoding.done):
+    decoding.advance(piece)
+    texts = []
+    for row, done in enumerate(decoding.done):
+      text, ended = stopping.settled(
+        loaded.tokenizer.decode(decoding.rows[row]), stop, done
+      )
+      if ended:
+        decoding.end(row)
+      texts.append(text)
+    yield texts

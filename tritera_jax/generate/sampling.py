@@ -2,26 +2,34 @@
 """How the next token is chosen from logits."""
 
 import dataclasses
+import math
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float32, Int32, Key
+from jaxtyping import Array, Bool, Float32, Int32, Key
 
 
 @dataclasses.dataclass(frozen=True)
 class Sampling:
-  """Filters apply in the order temperature, top-k, top-p.
+  """Applied in the order repetition penalty, temperature, top-k, top-p, min-p.
 
   Attributes:
     temperature: divides the logits; 0 is greedy (the most likely token).
     top_k: keep the k most likely tokens; 0 keeps all.
     top_p: keep the smallest set of most likely tokens whose probability
       reaches p; 1 keeps all.
+    min_p: keep tokens whose probability is at least min_p times the largest
+      (arXiv 2407.01082); 0 keeps all.
+    repetition_penalty: a token already in the prompt or the continuation has
+      its logit divided by this if positive, multiplied if negative (CTRL,
+      arXiv 1909.05858); 1 is off. It holds for greedy too.
   """
 
   temperature: float = 0.0
   top_k: int = 0
   top_p: float = 1.0
+  min_p: float = 0.0
+  repetition_penalty: float = 1.0
 
   def __post_init__(self):
     if not 0 <= self.temperature < float('inf'):
@@ -30,12 +38,29 @@ class Sampling:
       raise ValueError(f'top_k={self.top_k} must be >= 0 (0 keeps all)')
     if not 0 < self.top_p <= 1:
       raise ValueError(f'top_p={self.top_p} must lie in (0, 1]')
+    if not 0 <= self.min_p <= 1:
+      raise ValueError(f'min_p={self.min_p} must lie in [0, 1] (0 keeps all)')
+    if not 0 < self.repetition_penalty < float('inf'):
+      raise ValueError(
+        f'repetition_penalty={self.repetition_penalty} must be > 0 (1 is off)'
+      )
+
+
+def penalized_logits(
+  sampling: Sampling,
+  logits_BV: Float32[Array, 'B V'],
+  seen_BV: Bool[Array, 'B V'],
+) -> Float32[Array, 'B V']:
+  """Logits with those of the tokens in `seen_BV` made less likely."""
+  penalty = sampling.repetition_penalty
+  lower_BV = jnp.where(logits_BV > 0, logits_BV / penalty, logits_BV * penalty)
+  return jnp.where(seen_BV, lower_BV, logits_BV)
 
 
 def filtered_logits(
   sampling: Sampling, logits_BV: Float32[Array, 'B V']
 ) -> Float32[Array, 'B V']:
-  """Logits of the distribution that is sampled; -inf for dropped tokens."""
+  """Logits divided by the temperature (> 0); -inf for dropped tokens."""
   logits_BV = logits_BV / sampling.temperature
   if 0 < sampling.top_k < logits_BV.shape[-1]:
     kth_B1 = jax.lax.top_k(logits_BV, sampling.top_k)[0][:, -1:]
@@ -49,6 +74,12 @@ def filtered_logits(
       jnp.where(kept_BV, sorted_BV, jnp.inf), axis=-1, keepdims=True
     )
     logits_BV = jnp.where(logits_BV < least_B1, -jnp.inf, logits_BV)
+  if sampling.min_p > 0:
+    # The ratio of two probabilities is the difference of their logits.
+    least_B1 = jnp.max(logits_BV, axis=-1, keepdims=True) + math.log(
+      sampling.min_p
+    )
+    logits_BV = jnp.where(logits_BV < least_B1, -jnp.inf, logits_BV)
   return logits_BV
 
 
@@ -56,8 +87,14 @@ def sample(
   sampling: Sampling,
   key_B: Key[Array, ' B'],
   logits_BV: Float32[Array, 'B V'],
+  seen_BV: Bool[Array, 'B V'] | None = None,
 ) -> Int32[Array, ' B']:
-  """One token a row, each drawn with its own key."""
+  """One token a row, each drawn with its own key.
+
+  `seen_BV` marks what the repetition penalty bears on; None: nothing.
+  """
+  if seen_BV is not None:
+    logits_BV = penalized_logits(sampling, logits_BV, seen_BV)
   if sampling.temperature == 0:
     return jnp.argmax(logits_BV, axis=-1).astype(jnp.int32)
   logits_BV = filtered_logits(sampling, logits_BV)
