@@ -16,6 +16,7 @@ import types
 import pydantic
 
 from tritera_jax.model.config import ModelConfig
+from tritera_jax.model.decoder import Remat
 from tritera_jax.parallel.mesh import MeshConfig
 from tritera_jax.ternary.schedule import Schedule
 
@@ -29,17 +30,34 @@ class DataConfig:
     batch_size: sequences a step, over all hosts, B.
     sequence_length: tokens a sequence, T.
     seed: of the order of windows.
+    mixture: path and weight of each dataset to train on, instead of `path`
+      alone; windows are drawn by weight. Tokenizer and held-out text are
+      those of `path`. A dataset that is used up is read again in another
+      order.
+    max_epochs: refuse a run that would read a dataset more often; 0: any.
   """
 
   path: str
   batch_size: int
   sequence_length: int
   seed: int = 0
+  mixture: tuple[tuple[str, float], ...] = ()
+  max_epochs: float = 0.0
 
   def __post_init__(self):
     for field in ('batch_size', 'sequence_length'):
       if getattr(self, field) < 1:
         raise ValueError(f'data.{field}={getattr(self, field)} must be >= 1')
+    for path, weight in self.mixture:
+      if not 0 < weight < float('inf'):
+        raise ValueError(
+          f'data.mixture: the weight of {path} is {weight}; it must be > 0'
+        )
+
+  @property
+  def sources(self) -> tuple[tuple[str, float], ...]:
+    """Paths and weights of what is trained on."""
+    return self.mixture or ((self.path, 1.0),)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -52,6 +70,8 @@ class OptimizerConfig:
     beta2: decay of the second moment.
     epsilon: added to the root of the second moment.
     clip_norm: largest global gradient norm.
+    z_loss: adds this times the mean of log(Z)^2 to the loss that is minimised,
+      Z the sum of the exponentials of a token's logits (PaLM's 1e-4).
   """
 
   schedule: Schedule
@@ -59,10 +79,13 @@ class OptimizerConfig:
   beta2: float = 0.95
   epsilon: float = 1e-8
   clip_norm: float = 1.0
+  z_loss: float = 0.0
 
   def __post_init__(self):
     if not self.clip_norm > 0:
       raise ValueError(f'optimizer.clip_norm={self.clip_norm} must be > 0')
+    if not self.z_loss >= 0:
+      raise ValueError(f'optimizer.z_loss={self.z_loss} must be >= 0')
 
 
 @dataclasses.dataclass(frozen=True)
@@ -78,7 +101,19 @@ class RunConfig:
     evaluate_every: steps between losses on held-out text; 0 is never.
     evaluate_tokens: tokens of held-out text, from its start, for those.
     save_every: steps between checkpoints; the last step is always saved.
-    keep: checkpoints kept, newest first.
+    keep: newest checkpoints kept.
+    keep_every: also keep those of every so many steps; 0: none.
+    accumulation: parts that a batch is computed in, one after the other:
+      less memory, the same update.
+    remat: what the backward pass computes again, to save memory: 'none',
+      'dots' (all but matmuls' results) or 'block' (everything).
+    tensorboard: also write metrics for TensorBoard to FOLDER/tensorboard.
+    wandb: project in Weights & Biases to report to; '' is none.
+    profile_at: step at which to record a trace to FOLDER/profile; 0 is never.
+      `kill -USR1` on a running process records one at once.
+    profile_steps: steps in a trace.
+    peak_tflops: of one device, in the compute dtype, for the MFU; 0: known
+      for common GPUs and TPUs.
   """
 
   folder: str
@@ -90,10 +125,18 @@ class RunConfig:
   evaluate_tokens: int = 65_536
   save_every: int = 1000
   keep: int = 2
+  keep_every: int = 0
+  accumulation: int = 1
+  remat: Remat = 'none'
+  tensorboard: bool = True
+  wandb: str = ''
+  profile_at: int = 0
+  profile_steps: int = 5
+  peak_tflops: float = 0.0
 
   def __post_init__(self):
     for field in ('steps', 'log_every', 'telemetry_every', 'save_every',
-                  'keep'):  # fmt: skip
+                  'keep', 'accumulation', 'profile_steps'):  # fmt: skip
       if getattr(self, field) < 1:
         raise ValueError(f'run.{field}={getattr(self, field)} must be >= 1')
 
@@ -114,6 +157,11 @@ class Experiment:
         f'data.sequence_length={self.data.sequence_length} exceeds '
         f'model.context_length={self.model.context_length}; raise the latter '
         'or shorten the sequences'
+      )
+    if self.data.batch_size % self.run.accumulation:
+      raise ValueError(
+        f'run.accumulation={self.run.accumulation} must divide '
+        f'data.batch_size={self.data.batch_size}'
       )
 
   @property

@@ -35,7 +35,7 @@ def test_reading_crosses_shards(source):
 
 def make(source, seed=0, batch_size=4):
   return loader.batches(
-    source, batch_size=batch_size, sequence_length=8, seed=seed
+    [source], batch_size=batch_size, sequence_length=8, seed=seed
   )
 
 
@@ -76,7 +76,7 @@ def test_reading_ahead_changes_nothing(source, prefetch):
 def test_a_host_reads_its_rows_of_the_global_batch_only(source, rows):
   whole = make(source, batch_size=5)
   part = loader.batches(
-    source, batch_size=5, sequence_length=8, seed=0, rows=rows
+    [source], batch_size=5, sequence_length=8, seed=0, rows=rows
   )
   read, starts = source.read, []
   source.read = lambda a, b: (starts.append(a), read(a, b))[1]
@@ -98,7 +98,7 @@ def test_a_host_reads_its_rows_of_the_global_batch_only(source, rows):
 def test_batches_that_cannot_be_are_refused(source, changes, message):
   arguments = {'batch_size': 4, 'sequence_length': 8, 'seed': 0} | changes
   with pytest.raises(ValueError, match=message):
-    loader.batches(source, **arguments)
+    loader.batches([source], **arguments)
 
 
 @pytest.mark.parametrize(('T', 'stride'), [
@@ -124,3 +124,51 @@ def test_evaluation_scores_every_token_once_with_enough_context(
 def test_a_stride_past_the_window_is_refused(source):
   with pytest.raises(ValueError, match=r'stride=9 must lie in 1..'):
     loader.windows(source, 8, 9)
+
+
+@pytest.fixture
+def mixed(source, tmp_path):
+  """A second source: tokens 100..139, so 4 windows of 9 every 8."""
+  entry = shards.write_shard(
+    tmp_path / 'b', 'train/00000', np.arange(100, 140, dtype=np.uint16),
+    np.array([40]), 40,
+  )  # fmt: skip
+  shards.write_manifest(
+    tmp_path / 'b',
+    shards.Manifest('none', 200, 199, 'uint16', {'train': [entry]}, {}),
+  )
+  return [source, shards.open_split(tmp_path / 'b', 'train')]
+
+
+def test_sources_are_mixed_by_weight_each_in_its_own_epochs(mixed):
+  batches = loader.batches(
+    mixed, (3.0, 1.0), batch_size=4, sequence_length=8, seed=0
+  )
+  starts = np.concatenate([batches[n]['tokens'][:, 0] for n in range(96)])
+  of_first, of_second = starts[starts < 100], starts[starts >= 100]
+  assert (len(of_first), len(of_second)) == (288, 96)
+  # The mixture holds all along, not only in the end.
+  for n in range(0, 384, 16):
+    assert 10 <= np.count_nonzero(starts[n : n + 16] < 100) <= 14
+  # Whole epochs, one after the other, in changing orders: 12 and 4 windows.
+  for rows, count in ((of_first, 12), (of_second, 4)):
+    epochs = rows.reshape(-1, count)
+    assert (np.sort(epochs, axis=1) == np.unique(rows)).all()
+    assert len(np.unique(epochs, axis=0)) > len(epochs) // 3
+  assert loader.epochs(mixed, (3.0, 1.0), 384, 8) == [24, 24]
+
+
+def test_a_batch_of_a_mixture_is_a_function_of_seed_and_n(mixed):
+  make = lambda rows: loader.batches(
+    mixed, (0.7, 0.3), batch_size=4, sequence_length=8, seed=5, rows=rows
+  )
+  whole, half = make(slice(None)), make(slice(2, 4))
+  for n in (0, 17, 2**40):
+    np.testing.assert_array_equal(half[n]['tokens'], whole[n]['tokens'][2:])
+
+
+def test_more_weights_than_sources_are_refused(source):
+  with pytest.raises(ValueError, match='1 sources have 2 weights'):
+    loader.batches(
+      [source], (1.0, 1.0), batch_size=4, sequence_length=8, seed=0
+    )

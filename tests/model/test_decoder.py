@@ -113,3 +113,45 @@ def test_initial_parameters_follow_the_key_alone():
   assert (a['head']['kernel'] != c['head']['kernel']).any()
   q = a['layers']['attention']['q']['kernel']
   assert (q[0] != q[1]).any()  # layers differ
+
+
+@pytest.mark.parametrize('name', ['ternary', 'qk_norm'])
+def test_with_a_separator_each_document_is_as_if_alone(name):
+  config = dataclasses.replace(VARIANTS[name], document_separator=7)
+  params = parameters(config)
+  texts = [[3, 4], [7, 1, 2, 3, 9], [7], [7, 50, 3, 4]]
+  whole = jnp.asarray(np.concatenate(texts)[None], jnp.int32)
+  logits, _ = decoder.bind(config, params)(whole)
+  start = 0
+  for text in texts:
+    want = oracle.decoder(config, params, np.array(text))
+    got = logits[0, start : start + len(text)]
+    np.testing.assert_allclose(got, want, atol=2e-5 * np.abs(want).max())
+    start += len(text)
+  # Without one, what is before is seen.
+  joined, _ = decoder.bind(VARIANTS[name], params)(whole)
+  np.testing.assert_allclose(joined[0, :2], logits[0, :2], atol=1e-5)
+  assert (jnp.abs(joined[0, 2:] - logits[0, 2:]).max(-1) > 1e-3).all()
+
+
+@pytest.mark.parametrize('remat', ['dots', 'block'])
+def test_what_is_computed_again_changes_no_gradient(remat):
+  params = parameters(TINY)
+  tokens = jax.random.randint(jax.random.key(1), (2, 12), 0, 100)
+
+  def gradient(remat):
+    return jax.jit(
+      jax.grad(
+        lambda p: jnp.square(
+          decoder.bind(TINY, p)(tokens, remat=remat)[0]
+        ).sum()
+      )
+    )(params)
+
+  jax.tree.map(
+    lambda a, b: np.testing.assert_allclose(
+      a, b, rtol=1e-5, atol=1e-5 * float(jnp.abs(b).max())
+    ),
+    gradient(remat),
+    gradient('none'),
+  )

@@ -4,10 +4,13 @@
 Training windows are T+1 tokens that start every T, so that every token but
 the first is a target once an epoch. They cross documents, which end with the
 end-of-text token, and shards; the last tokens that fill no window are left
-out. Each epoch is shuffled anew.
+out. (Whether attention crosses documents too is the model's to say:
+`ModelConfig.document_separator`.) Each epoch is shuffled anew. Several
+sources are interleaved by weight, each endless in its own epochs.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
+import math
 import sys
 from typing import cast
 
@@ -25,13 +28,13 @@ class _Batches:
 
   def __init__(
     self,
-    source: TokenSource,
+    sources: Sequence[TokenSource],
     order: grain.MapDataset,
     batch_size: int,
     sequence_length: int,
     rows: range,
   ):
-    self.source, self.order = source, order
+    self.sources, self.order = sources, order
     self.size, self.length = batch_size, sequence_length
     self.rows = rows
 
@@ -43,13 +46,15 @@ class _Batches:
     tokens = np.empty((len(self.rows), self.length + 1), np.int32)
     for i, row in enumerate(self.rows):
       # Grain types an element as perhaps filtered out; none is here.
-      start = cast(int, self.order[first + row]) * self.length
-      tokens[i] = self.source.read(start, start + self.length + 1)
+      source, window = cast(tuple[int, int], self.order[first + row])
+      start = window * self.length
+      tokens[i] = self.sources[source].read(start, start + self.length + 1)
     return {'tokens': tokens}
 
 
 def batches(
-  source: TokenSource,
+  sources: Sequence[TokenSource],
+  weights: Sequence[float] = (1.0,),
   *,
   batch_size: int,
   sequence_length: int,
@@ -62,7 +67,8 @@ def batches(
   may span epochs.
 
   Args:
-    source: the split.
+    sources: the splits to read.
+    weights: the share of rows of each, up to a common factor.
     batch_size: of the global batch, whatever `rows` is.
     sequence_length: T; a row is T + 1 tokens.
     seed: of the order of windows.
@@ -70,7 +76,7 @@ def batches(
       not read.
 
   Raises:
-    ValueError: the split holds no whole window, or a batch no row.
+    ValueError: a split holds no whole window, or a batch no row.
   """
   if sequence_length < 1:
     raise ValueError(
@@ -81,16 +87,50 @@ def batches(
   chosen = range(batch_size)[rows]
   if not chosen:
     raise ValueError(f'rows={rows} are none of data.batch_size={batch_size}')
-  count = (source.tokens - 1) // sequence_length
+  if len(sources) != len(weights):
+    raise ValueError(f'{len(sources)} sources have {len(weights)} weights')
+  orders = [
+    _order(source, number, sequence_length, seed)
+    for number, source in enumerate(sources)
+  ]
+  # Grain makes whole numbers of the weights, exact to about one in 100.
+  order = grain.MapDataset.mix(orders, list(weights))
+  return grain.MapDataset.source(
+    _Batches(sources, order, batch_size, sequence_length, chosen)
+  )
+
+
+def _order(
+  source: TokenSource, number: int, sequence_length: int, seed: int
+) -> grain.MapDataset:
+  """(number, window) of a source, epoch after epoch."""
+  count = _windows_in(source, sequence_length)
   if count < 1:
     raise ValueError(
       f'data.sequence_length={sequence_length} needs at least '
       f'{sequence_length + 1} tokens, but {source.root} has {source.tokens}'
     )
-  order = grain.MapDataset.range(count).seed(seed).shuffle().repeat()
-  return grain.MapDataset.source(
-    _Batches(source, order, batch_size, sequence_length, chosen)
-  )
+  # Its own seed: sources of one length would be in step otherwise.
+  own = int(np.random.SeedSequence([seed, number]).generate_state(1)[0])
+  order = grain.MapDataset.range(count).seed(seed if number == 0 else own)
+  return order.shuffle().repeat().map(lambda window: (number, window))
+
+
+def _windows_in(source: TokenSource, sequence_length: int) -> int:
+  return (source.tokens - 1) // sequence_length
+
+
+def epochs(
+  sources: Sequence[TokenSource],
+  weights: Sequence[float],
+  rows: int,
+  sequence_length: int,
+) -> list[float]:
+  """How often each source is read in so many rows of batches."""
+  return [
+    rows * weight / math.fsum(weights) / _windows_in(source, sequence_length)
+    for source, weight in zip(sources, weights, strict=True)
+  ]
 
 
 def iterate(

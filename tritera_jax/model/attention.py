@@ -59,9 +59,11 @@ class Attention(nnx.Module):
     x_BTD: Float[Array, 'B T D'],
     positions_BT: Int32[Array, 'B T'],
     cache: KVCache | None = None,
+    documents_BT: Int32[Array, 'B T'] | None = None,
   ) -> tuple[Float[Array, 'B T D'], KVCache | None]:
     """Attends to earlier positions of the sequence, or of the cache.
 
+    Without a cache, and with `documents_BT`, to those of the same number.
     With a cache the T keys and values are written at each row's
     `positions_BT[:, 0]` onwards, and a query sees every slot up to its own
     position: slots past it may hold anything.
@@ -77,8 +79,11 @@ class Attention(nnx.Module):
     k_BTGh = rotate(k_BTGh, positions_BT, config.rope_theta)
 
     if cache is None:
+      same_B1TT = None
+      if documents_BT is not None:
+        same_B1TT = (documents_BT[:, :, None] == documents_BT[:, None])[:, None]
       y_BTHh = jax.nn.dot_product_attention(
-        q_BTHh, k_BTGh, v_BTGh, is_causal=True
+        q_BTHh, k_BTGh, v_BTGh, mask=same_B1TT, is_causal=True
       )
     else:
       write = jax.vmap(

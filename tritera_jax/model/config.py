@@ -47,6 +47,10 @@ class ModelConfig:
     norm_eps: epsilon of every RMSNorm.
     init_std: standard deviation of initial weights; o and down divide it by
       sqrt(2 L). (The papers do not state theirs.)
+    document_separator: id of the token before each document: what follows it
+      does not attend to what is before it, and positions start again at it.
+      None: attention crosses documents, as in the papers' training code, and
+      as a fused attention without a mask needs.
     dtype: compute dtype. Latents, norms' statistics, sums and logits are
       float32 whatever it is.
   """
@@ -65,6 +69,7 @@ class ModelConfig:
   rope_theta: float = 10_000.0
   norm_eps: float = 1e-5
   init_std: float = 0.02
+  document_separator: int | None = None
   dtype: Literal['float32', 'bfloat16'] = 'float32'
 
   def __post_init__(self):
@@ -77,6 +82,12 @@ class ModelConfig:
     if self.heads % self.kv_heads:
       raise ValueError(
         f'model.kv_heads={self.kv_heads} must divide model.heads={self.heads}'
+      )
+    separator = self.document_separator
+    if separator is not None and not 0 <= separator < self.vocab_size:
+      raise ValueError(
+        f'model.document_separator={separator} must be an id of the '
+        f'vocabulary of {self.vocab_size}, or None'
       )
     if self.head_dim % 2:
       raise ValueError(

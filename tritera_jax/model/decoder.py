@@ -11,6 +11,7 @@ Shapes: B batch, T tokens, D width, V padded vocabulary, L layers.
 """
 
 import functools
+from typing import Literal
 
 from flax import nnx
 import jax
@@ -25,6 +26,12 @@ from tritera_jax.parallel import rules
 from tritera_jax.ternary.layers import FloatLinear
 
 type Params = PyTree[Float[Array, '...']]
+Remat = Literal['none', 'dots', 'block']
+
+_SAVED = {
+  'dots': jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
+  'block': jax.checkpoint_policies.nothing_saveable,
+}
 
 
 class Block(nnx.Module):
@@ -41,11 +48,12 @@ class Block(nnx.Module):
     x_BTD: Float[Array, 'B T D'],
     positions_BT: Int32[Array, 'B T'],
     cache: KVCache | None = None,
+    documents_BT: Int32[Array, 'B T'] | None = None,
   ) -> tuple[Float[Array, 'B T D'], KVCache | None]:
     # Without this the partitioner may split the width over the mesh.
     x_BTD = rules.constrain(x_BTD, ('batch', None, None))
     y_BTD, cache = self.attention(
-      self.attention_norm(x_BTD), positions_BT, cache
+      self.attention_norm(x_BTD), positions_BT, cache, documents_BT
     )
     x_BTD = x_BTD + y_BTD
     return x_BTD + self.mlp(self.mlp_norm(x_BTD)), cache
@@ -87,34 +95,63 @@ class Decoder(nnx.Module):
     tokens_BT: Int32[Array, 'B T'],
     positions_BT: Int32[Array, 'B T'] | None = None,
     cache: PyTree | None = None,
+    *,
+    remat: Remat = 'none',
   ) -> tuple[Float32[Array, 'B T V'], PyTree | None]:
     """Logits over the padded vocabulary, and the cache with T more positions.
 
-    `positions_BT` defaults to 0..T-1. `cache` is one KVCache with leading
-    axis L for scanned layers, a list of L for unrolled ones, or None.
+    Args:
+      tokens_BT: ids below the vocabulary's size.
+      positions_BT: default: 0..T-1, or from 0 in each document, if the config
+        has a document_separator. Documents are told apart in whole sequences
+        alone: a row that comes with a cache is one document.
+      cache: one KVCache with leading axis L for scanned layers, a list of L
+        for unrolled ones, or None.
+      remat: what the backward pass of a scanned block computes again:
+        'none', 'dots' (all but matmuls' results) or 'block' (everything).
     """
-    if positions_BT is None:
-      positions_BT = jnp.broadcast_to(
-        jnp.arange(tokens_BT.shape[1], dtype=jnp.int32), tokens_BT.shape
+    documents_BT = None
+    if cache is None and self.config.document_separator is not None:
+      documents_BT = jnp.cumsum(
+        tokens_BT == self.config.document_separator, axis=1, dtype=jnp.int32
       )
+    if positions_BT is None:
+      positions_BT = _positions(tokens_BT, documents_BT)
     x_BTD = self.embed(tokens_BT)
     if isinstance(self.layers, Block):
       graphdef, stacked = nnx.split(self.layers)
 
       def body(x_BTD, layer):
         params, cache = layer
-        return nnx.merge(graphdef, params)(x_BTD, positions_BT, cache)
+        block = nnx.merge(graphdef, params)
+        return block(x_BTD, positions_BT, cache, documents_BT)
 
+      if remat != 'none':
+        body = jax.checkpoint(body, policy=_SAVED[remat], prevent_cse=False)
       x_BTD, cache = jax.lax.scan(body, x_BTD, (stacked, cache))
     else:
       caches = [None] * len(self.layers) if cache is None else cache
       updated = []
       for block, layer_cache in zip(self.layers, caches, strict=True):
-        x_BTD, layer_cache = block(x_BTD, positions_BT, layer_cache)
+        x_BTD, layer_cache = block(
+          x_BTD, positions_BT, layer_cache, documents_BT
+        )
         updated.append(layer_cache)
       cache = None if cache is None else updated
     logits_BTV = self.head(self.norm(x_BTD)).astype(jnp.float32)
     return logits_BTV, cache
+
+
+def _positions(tokens_BT, documents_BT) -> Int32[Array, 'B T']:
+  position_BT = jnp.broadcast_to(
+    jnp.arange(tokens_BT.shape[1], dtype=jnp.int32), tokens_BT.shape
+  )
+  if documents_BT is None:
+    return position_BT
+  starts_BT = jnp.diff(documents_BT, axis=1, prepend=documents_BT[:, :1])
+  return position_BT - jax.lax.cummax(
+    jnp.where(starts_BT > 0, position_BT, 0), axis=1
+  )
 
 
 @functools.lru_cache

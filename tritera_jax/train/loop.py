@@ -46,7 +46,7 @@ def train(experiment: Experiment, *, quiet: bool = False) -> step.TrainState:
     observe = _Observer(experiment, start, quiet)
     update = step.jitted(experiment, mesh)
     batches = loader.batches(
-      source,
+      [source],
       batch_size=data.batch_size,
       sequence_length=data.sequence_length,
       seed=data.seed,
