@@ -71,7 +71,11 @@ def save(
     step: updates made.
     model: what the parameters are of.
     state: a NamedTuple of all that training needs, `params` among it.
+
+  Raises:
+    OSError: the save before this one could not be written.
   """
+  wait(checkpoints)  # Orbax would too, and fail in its own words
   arrays = {k: ocp.args.StandardSave(v) for k, v in items(state).items()}
   checkpoints.save(
     step,
@@ -79,6 +83,22 @@ def save(
       model=ocp.args.JsonSave(dataclasses.asdict(model)), **arrays
     ),
   )
+
+
+def wait(checkpoints: ocp.CheckpointManager):
+  """Returns when what was being saved is committed.
+
+  Raises:
+    OSError: it could not be written.
+  """
+  try:
+    checkpoints.wait_until_finished()
+  except (ValueError, OSError) as error:  # TensorStore's, in Orbax's thread
+    raise OSError(
+      f'a checkpoint could not be written to {checkpoints.directory}; those '
+      f'of steps {sorted(checkpoints.all_steps())} stand, and the same command '
+      f'goes on from the newest: {error}'
+    ) from None
 
 
 def write_experiment(experiment: Experiment, folder: Path):

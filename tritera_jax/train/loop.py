@@ -38,6 +38,7 @@ def train(experiment: Experiment, *, quiet: bool = False) -> step.TrainState:
       experiment.
     FloatingPointError: loss or gradient is not finite; the state before that
       step is saved.
+    OSError: something could not be written.
     Stopped: by a signal; the state is saved.
   """
   data, run = experiment.data, experiment.run
@@ -80,7 +81,7 @@ def train(experiment: Experiment, *, quiet: bool = False) -> step.TrainState:
           _save(checkpoints, experiment, state)
         if signals.stop:
           _stop(checkpoints, signals.stop, n + 1, folder)
-    checkpoints.wait_until_finished()
+    save.wait(checkpoints)
   return state
 
 
@@ -183,7 +184,7 @@ def _check(
     return
   # The state is that before the update: it waits, see `step.train_step`.
   _save(checkpoints, experiment, state)
-  checkpoints.wait_until_finished()
+  save.wait(checkpoints)
   raise FloatingPointError(
     f'loss is {float(measured["loss"])} and gradient_norm '
     f'{float(measured["gradient_norm"])} at step {n}; the state before it is '
@@ -194,7 +195,7 @@ def _check(
 def _stop(
   checkpoints: ocp.CheckpointManager, number: int, done: int, folder: Path
 ):
-  checkpoints.wait_until_finished()
+  save.wait(checkpoints)
   raise Stopped(
     number,
     f'stopped by {signal.Signals(number).name} after step {done}, which is '
