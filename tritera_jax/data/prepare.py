@@ -17,6 +17,7 @@ import hashlib
 import json
 import math
 from pathlib import Path
+import re
 import time
 
 import numpy as np
@@ -125,7 +126,7 @@ def prepare(
   recipe = {
     'corpus': corpus,
     'files': documents.digest(listing),
-    'holdout': holdout,
+    'holdout': float(holdout),  # 0 and 0.0 are one
     'text_field': text_field,
     'shard_tokens': shard_tokens,
   }
@@ -438,9 +439,22 @@ def _finish(
     recipe=recipe,
     left_out=sum(unit.record['left_out'] for unit in units),
   )
+  _delete_leftovers(out, splits)
   shards.write_manifest(out, manifest)
   storage.delete(out, 'progress/')
   return manifest
+
+
+def _delete_leftovers(out: str, splits: dict[str, list[Shard]]):
+  """Deletes what interrupted calls with another corpus or recipe wrote."""
+  kept = {shard.path for entries in splits.values() for shard in entries}
+  found = set()
+  for split in SPLITS:
+    array = re.compile(rf'({split}/\d{{5,}}-\d{{3,}})\.(tokens|ends)\.zarr3/')
+    matches = map(array.match, storage.names(out, f'{split}/'))
+    found |= {match[0] for match in matches if match and match[1] not in kept}
+  for folder in sorted(found):
+    storage.delete(out, folder)
 
 
 def decode_split(dataset: str | Path, split: str) -> bytes:

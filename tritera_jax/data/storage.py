@@ -87,6 +87,19 @@ def write(root: str | Path, path: str, data: bytes):
     raise OSError(f'{root}/{path} cannot be written: {error}') from None
 
 
+def names(root: str | Path, prefix: str) -> list[str]:
+  """The files below a prefix, which ends with '/', named from `root`.
+
+  Raises:
+    OSError: they cannot be listed.
+  """
+  try:
+    found = _open(root, prefix).list().result()
+  except ValueError as error:
+    raise OSError(f'{root}/{prefix} cannot be listed: {error}') from None
+  return [prefix + name.decode() for name in found]
+
+
 def delete(root: str | Path, prefix: str):
   """Deletes every file below a prefix, which ends with '/'.
 
