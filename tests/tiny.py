@@ -49,7 +49,8 @@ def experiment(data: Path, folder: Path, steps: int, **run) -> Experiment:
       steps,
       **{
         'log_every': 2, 'telemetry_every': 5, 'save_every': 10,
-        'evaluate_every': 10, 'evaluate_tokens': 500, **run,
+        'evaluate_every': 10, 'evaluate_tokens': 500, 'tensorboard': False,
+        **run,
       },
     ),
     MeshConfig(data=2, fsdp=2, tensor=2),

@@ -50,7 +50,11 @@ def _train(args: list[str]):
   from tritera_jax.train import loop, metrics
 
   experiment = _resolve('train', args)
-  loop.train(experiment)
+  try:
+    loop.train(experiment)
+  except loop.Stopped as stopped:
+    print(f'tritera train: {stopped}', file=sys.stderr)
+    raise SystemExit(128 + stopped.number) from None
   print(f'loss curve: {metrics.plot(experiment.run.folder)}')
 
 

@@ -48,7 +48,11 @@ def main(path: str = EXPERIMENT):
   else:
     if before:
       say(f'resuming {run} after step {before}')
-    loop.train(experiment)
+    try:
+      loop.train(experiment)
+    except loop.Stopped as stopped:
+      say(f'\n{stopped}')
+      return 128 + stopped.number
   say(f'loss curve: {metrics.plot(run)}')
 
   say('\n3/5 evaluate: held-out files, every token once')

@@ -14,7 +14,7 @@ def describe(experiment: Experiment) -> str:
   schedule = experiment.optimizer.schedule
   count = flops.parameters(model)
   linear = flops.linear_parameters(model)
-  per_token = flops.training_flops_per_token(model)
+  per_token = flops.training_flops_per_token(model, data.sequence_length)
   lines = [
     ('family', f'{model.family}, compute in {model.dtype}'),
     (

@@ -9,8 +9,8 @@ import pytest
 
 from tests import tiny
 from tritera_jax.checkpoint import restore, save
-from tritera_jax.parallel import mesh as mesh_lib
-from tritera_jax.train import loop, step
+from tritera_jax.parallel.mesh import MeshConfig
+from tritera_jax.train import loop
 
 
 @pytest.fixture
@@ -22,8 +22,13 @@ def run(tiny_run, tmp_path):
 def edit(run, **changes):
   file = run / 'experiment.json'
   record = json.loads(file.read_text())
-  record['experiment']['model'].update(changes)
+  record['experiment'].update(changes)
   file.write_text(json.dumps(record))
+
+
+def edit_model(run, **changes):
+  model = dataclasses.asdict(save.read_experiment(run).model) | changes
+  edit(run, model=model)
 
 
 def test_parameters_come_back_on_one_device_as_the_state_held_them(
@@ -36,24 +41,37 @@ def test_parameters_come_back_on_one_device_as_the_state_held_them(
   assert {len(leaf.devices()) for leaf in jax.tree.leaves(params)} == {1}
 
 
-@pytest.mark.parametrize('devices', [1, 4])
-def test_the_whole_state_comes_back_on_another_mesh(tiny_run, devices):
-  experiment, params = restore.restore_params(tiny_run)
-  mesh = mesh_lib.make_mesh(
-    mesh_lib.MeshConfig(fsdp=-1), jax.devices()[:devices]
-  )
-  target = step.abstract_state(experiment, mesh)
-  with save.manager(tiny_run) as checkpoints:
-    items = restore.restore(
-      checkpoints,
-      20,
-      params=target.params,
-      rest={'step': target.step, 'opt_state': target.opt_state},
-    )
-  jax.tree.map(np.testing.assert_array_equal, items['params'], params)
-  kernel = items['params']['layers']['mlp']['up']['kernel']
-  assert len(kernel.devices()) == devices
-  assert int(items['rest']['step']) == 20
+@pytest.mark.parametrize('mesh', [
+  MeshConfig(data=2, fsdp=1, tensor=2), MeshConfig(fsdp=1), MeshConfig(fsdp=8),
+])  # fmt: skip
+def test_the_whole_state_comes_back_on_another_mesh(run, mesh):
+  want_experiment, want = loop.restore_run(run)
+  edit(run, mesh=dataclasses.asdict(mesh))
+  devices = mesh.data * mesh.fsdp * mesh.tensor
+  experiment, state = loop.restore_run(run, devices=jax.devices()[:devices])
+  assert experiment.mesh == mesh != want_experiment.mesh
+  jax.tree.map(np.testing.assert_array_equal, state, want)
+  assert int(state.step) == 20
+  assert len(state.params['layers']['mlp']['up']['kernel'].devices()) == devices
+  _, earlier = loop.restore_run(run, at=10, devices=jax.devices()[:devices])
+  assert int(earlier.step) == 10
+
+
+@pytest.mark.parametrize(
+  ('changes', 'message'),
+  [
+    ({'layers': 3}, 'model.layers: 2 there, 3 here'),
+    ({'qk_norm': False}, 'model.qk_norm: True there, False here'),
+    # These have the same arrays.
+    ({'scale_blocks': 1}, 'model.scale_blocks: 2 there, 1 here'),
+    ({'family': 'binary'}, "model.family: 'ternary' there, 'binary' here"),
+    ({'rope_theta': 5.0}, 'model.rope_theta: 10000.0 there, 5.0 here'),
+  ],
+)
+def test_a_checkpoint_of_another_model_is_refused(run, changes, message):
+  edit_model(run, **changes)
+  with pytest.raises(ValueError, match=message):
+    restore.restore_params(run)
 
 
 @pytest.mark.parametrize(
@@ -66,23 +84,50 @@ def test_the_whole_state_comes_back_on_another_mesh(tiny_run, devices):
     ({'qk_norm': False}, 'layers.attention.k_norm.scale is extra'),
   ],
 )
-def test_a_model_that_does_not_fit_is_refused_leaf_by_leaf(
-  run, changes, message
-):
-  edit(run, **changes)
+def test_arrays_that_do_not_fit_are_refused_leaf_by_leaf(run, changes, message):
+  edit_model(run, **changes)
+  file = run / 'checkpoints' / '20' / 'model' / 'metadata'
+  file.write_text(json.dumps(json.loads(file.read_text()) | changes))
   with pytest.raises(ValueError, match=message):
     restore.restore_params(run)
 
 
 def test_a_missing_leaf_is_named(tmp_path, tiny_run):
-  experiment, params = restore.restore_params(tiny_run)
+  experiment, state = loop.restore_run(tiny_run)
   run = tmp_path / 'run'
   save.write_experiment(tiny.with_run(experiment, folder=str(run)), run)
-  params['layers']['mlp'].pop('up')
+  state.params['layers']['mlp'].pop('up')
   with save.manager(run) as checkpoints:
-    save.save(checkpoints, 1, params=params, rest={'step': np.int32(1)})
+    save.save(checkpoints, 1, experiment.model, state)
   with pytest.raises(ValueError, match='layers.mlp.up.kernel is missing'):
     restore.restore_params(run)
+
+
+def test_a_step_that_was_not_written_to_its_end_is_none(run):
+  checkpoints = run / 'checkpoints'
+  half = checkpoints / '30.orbax-checkpoint-tmp'
+  shutil.copytree(checkpoints / '20', half)
+  (half / '_CHECKPOINT_METADATA').unlink()
+  assert restore.latest_step(run) == 20
+  assert int(loop.restore_run(run)[1].step) == 20
+
+
+@pytest.mark.parametrize('item', ['params', 'model'])
+def test_a_step_without_one_of_its_items_is_named(run, item):
+  shutil.rmtree(run / 'checkpoints' / '20' / item)
+  with pytest.raises(ValueError, match=f'20/{item} is missing or damaged'):
+    restore.restore_params(run)
+  restore.restore_params(run, 10)
+
+
+def test_some_steps_are_kept_for_good(tmp_path, tiny_data):
+  experiment = tiny.experiment(
+    tiny_data, tmp_path / 'run', 20, save_every=4, keep=1, keep_every=8,
+    evaluate_every=0,
+  )  # fmt: skip
+  loop.train(experiment, quiet=True)
+  folders = {p.name for p in (tmp_path / 'run' / 'checkpoints').iterdir()}
+  assert {name for name in folders if name.isdigit()} == {'8', '16', '20'}
 
 
 def test_another_ternary_setting_is_another_experiment(run):

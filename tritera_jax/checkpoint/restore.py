@@ -1,7 +1,12 @@
 # SPDX-License-Identifier: Apache-2.0
 """Reading checkpoints back, strictly, onto any mesh."""
 
+from collections.abc import Iterator
+import contextlib
+import dataclasses
+import json
 from pathlib import Path
+from typing import Any
 
 import jax
 from jaxtyping import PyTree
@@ -10,6 +15,7 @@ import orbax.checkpoint as ocp
 from tritera_jax.checkpoint import save
 from tritera_jax.experiment import Experiment
 from tritera_jax.model import decoder
+from tritera_jax.model.config import ModelConfig
 from tritera_jax.model.decoder import Params
 
 
@@ -32,27 +38,33 @@ def _check_leaves(found: PyTree, wanted: PyTree, where: str):
     )
 
 
-def restore(
-  checkpoints: ocp.CheckpointManager, step: int, **targets: PyTree
+def _restore(
+  checkpoints: ocp.CheckpointManager,
+  step: int,
+  model: ModelConfig,
+  targets: dict[str, PyTree],
 ) -> dict[str, PyTree]:
-  """Restores the items named, each onto its abstract target.
-
-  Args:
-    checkpoints: of `save.manager`.
-    step: one of its committed steps.
-    **targets: item name (params, rest) to a tree of ShapeDtypeStructs, each
-      with the sharding to restore to.
-
-  Raises:
-    ValueError: an item is incomplete, or one of its leaves is missing, extra
-      or of another shape or dtype than its target: all are named.
-  """
+  """Restores the items named, each onto its abstract target."""
+  where = f'{checkpoints.directory}/{step}'
   metadata = checkpoints.item_metadata(step)
+  missing = [item for item in targets if metadata.get(item) is None]
+  try:
+    there = checkpoints.restore(
+      step, args=ocp.args.Composite(model=ocp.args.JsonRestore())
+    )['model']
+  except (OSError, ValueError, KeyError):
+    missing.append('model')
+  if missing:
+    raise ValueError(
+      f'{where}/{missing[0]} is missing or damaged; delete {where} to go on '
+      'from the checkpoint before it'
+    )
+  here = json.loads(json.dumps(dataclasses.asdict(model)))
+  differing = save.differences(there, here, 'model.')
+  if differing:
+    raise ValueError(f'{where} is of another model: {"; ".join(differing)}')
   for item, target in targets.items():
-    where = f'{checkpoints.directory}/{step}/{item}'
-    if metadata[item] is None:
-      raise ValueError(f'{where} is missing or incomplete')
-    _check_leaves(metadata[item], target, where)
+    _check_leaves(metadata[item], target, f'{where}/{item}')
   restored = checkpoints.restore(
     step,
     args=ocp.args.Composite(
@@ -60,6 +72,29 @@ def restore(
     ),
   )
   return {item: restored[item] for item in targets}
+
+
+def restore_state(
+  checkpoints: ocp.CheckpointManager,
+  step: int,
+  model: ModelConfig,
+  target: Any,
+) -> Any:
+  """The whole state of a run, onto the shardings of `target`.
+
+  Args:
+    checkpoints: of `save.manager`.
+    step: one of its committed steps.
+    model: what the caller takes the arrays for.
+    target: the state as ShapeDtypeStructs, each with the sharding to restore
+      to: any mesh will do.
+
+  Raises:
+    ValueError: the checkpoint is of another model, or a leaf is missing,
+      extra or of another shape or dtype than its target: all are named.
+  """
+  restored = _restore(checkpoints, step, model, save.items(target))
+  return target._replace(params=restored['params'], **restored['rest'])
 
 
 def latest_step(folder: str | Path) -> int | None:
@@ -83,22 +118,39 @@ def restore_params(
     FileNotFoundError: not a run folder, or it has no such checkpoint.
     ValueError: the checkpoint does not fit the run's experiment.
   """
-  folder = Path(folder)
   experiment = save.read_experiment(folder)
-  with save.manager(folder) as checkpoints:
+  device = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
+  target = jax.tree.map(
+    lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=device),
+    decoder.abstract_params(experiment.model),
+  )
+  with committed(folder, step) as (checkpoints, wanted):
+    params = _restore(
+      checkpoints, wanted, experiment.model, {'params': target}
+    )['params']
+  return experiment, params
+
+
+@contextlib.contextmanager
+def committed(
+  folder: str | Path, step: int | None = None
+) -> Iterator[tuple[ocp.CheckpointManager, int]]:
+  """The manager of a run's checkpoints and the step asked for, or the newest.
+
+  A step that was not written to its end is none.
+
+  Raises:
+    FileNotFoundError: there is no such checkpoint.
+  """
+  if not (Path(folder) / 'checkpoints').is_dir():
+    raise FileNotFoundError(f'{folder} has no checkpoint yet')
+  with save.manager(Path(folder)) as checkpoints:
     steps = checkpoints.all_steps()
     wanted = max(steps, default=-1) if step is None else step
     if wanted not in steps:
       raise FileNotFoundError(
-        f'{folder} has no checkpoint{f" of step {step}" if step else ""}; '
-        f'it has {sorted(steps) or "none"}'
+        f'{folder} has no checkpoint'
+        f'{"" if step is None else f" of step {step}"}; it has '
+        f'{sorted(steps) or "none"}'
       )
-    device = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
-    target = jax.tree.map(
-      lambda leaf: jax.ShapeDtypeStruct(
-        leaf.shape, leaf.dtype, sharding=device
-      ),
-      decoder.abstract_params(experiment.model),
-    )
-    params = restore(checkpoints, wanted, params=target)['params']
-  return experiment, params
+    yield checkpoints, wanted

@@ -2,16 +2,19 @@
 """Run folders and their Orbax checkpoints: writing.
 
 A run folder holds `experiment.json`, written before anything else, and
-`checkpoints/<step>/{params,rest}`, where `rest` is what else training needs
-to go on. Parameters are an item of their own so that they can be restored
-alone. Only this module and `restore` name Orbax.
+`checkpoints/<step>/{model,params,rest}`: the ModelConfig as JSON, which says
+what the arrays mean; the parameters, an item of their own so that they can be
+restored alone; and what else training needs to go on. Only this module,
+`restore` and the loop that holds the manager name Orbax.
 """
 
+import dataclasses
 import hashlib
 import importlib.metadata
 import json
 from pathlib import Path
 import subprocess
+from typing import Any
 
 import jax
 from jaxtyping import PyTree
@@ -19,35 +22,61 @@ import orbax.checkpoint as ocp
 
 from tritera_jax import experiment as experiment_lib
 from tritera_jax.experiment import Experiment
+from tritera_jax.model.config import ModelConfig
 
 _PACKAGES = ('jax', 'jaxlib', 'flax', 'optax', 'orbax-checkpoint', 'numpy')
 
 
-def manager(folder: Path, keep: int | None = None) -> ocp.CheckpointManager:
-  """Orbax's manager of a run folder; saves are asynchronous."""
+def manager(
+  folder: Path, keep: int | None = None, keep_every: int = 0
+) -> ocp.CheckpointManager:
+  """Orbax's manager of a run folder; saves are asynchronous.
+
+  Args:
+    folder: the run's.
+    keep: newest checkpoints to keep; None: all.
+    keep_every: also keep those of every so many steps; 0: none.
+  """
   return ocp.CheckpointManager(
     (folder / 'checkpoints').resolve(),
     options=ocp.CheckpointManagerOptions(
-      max_to_keep=keep, enable_async_checkpointing=True
+      max_to_keep=keep,
+      keep_period=keep_every or None,
+      enable_async_checkpointing=True,
     ),
     item_handlers={
-      item: ocp.StandardCheckpointHandler() for item in ('params', 'rest')
+      'model': ocp.JsonCheckpointHandler(),
+      'params': ocp.StandardCheckpointHandler(),
+      'rest': ocp.StandardCheckpointHandler(),
     },
   )
+
+
+def items(state: Any) -> dict[str, PyTree]:
+  """The checkpoint's items of arrays: `params`, and the rest of the state."""
+  rest = state._asdict()
+  return {'params': rest.pop('params'), 'rest': rest}
 
 
 def save(
   checkpoints: ocp.CheckpointManager,
   step: int,
-  *,
-  params: PyTree,
-  rest: PyTree,
+  model: ModelConfig,
+  state: Any,
 ):
-  """Starts saving under `step`; returns once the arrays are copied out."""
+  """Starts saving under `step`; returns once the arrays are copied out.
+
+  Args:
+    checkpoints: of `manager`.
+    step: updates made.
+    model: what the parameters are of.
+    state: a NamedTuple of all that training needs, `params` among it.
+  """
+  arrays = {k: ocp.args.StandardSave(v) for k, v in items(state).items()}
   checkpoints.save(
     step,
     args=ocp.args.Composite(
-      params=ocp.args.StandardSave(params), rest=ocp.args.StandardSave(rest)
+      model=ocp.args.JsonSave(dataclasses.asdict(model)), **arrays
     ),
   )
 
@@ -97,27 +126,38 @@ def read_experiment(folder: str | Path) -> Experiment:
 
 
 def _check_same(old: Experiment, new: Experiment, folder: Path):
-  def flat(experiment):
-    tree = json.loads(experiment_lib.to_json(experiment))
-    leaves = jax.tree_util.tree_leaves_with_path(tree)
-    return {'.'.join(key.key for key in path): leaf for path, leaf in leaves}
-
-  # How often to look or save, and on which devices, changes no result.
-  free = ('mesh.', 'run.folder', 'run.keep', 'run.log_every', 'data.path',
-          'run.telemetry_every', 'run.save_every', 'run.evaluate_every',
-          'run.evaluate_tokens')  # fmt: skip
-  old_fields, new_fields = flat(old), flat(new)
+  # Of the run, what changes a result; never where data lie and on how many
+  # devices, how often to look or save, or how memory is spent.
+  free = {f'run.{field.name}' for field in dataclasses.fields(new.run)} - {
+    'run.steps', 'run.seed',
+  } | {'data.path', 'data.max_epochs'}  # fmt: skip
   differing = [
-    f'{name}: {old_fields.get(name)!r} there, {new_fields.get(name)!r} here'
-    for name in sorted({*old_fields, *new_fields})
-    if old_fields.get(name) != new_fields.get(name)
-    and not name.startswith(free)
+    difference
+    for difference in differences(_fields(old), _fields(new))
+    if not difference.startswith('mesh.')
+    and difference.partition(':')[0] not in free
   ]
   if differing:
     raise ValueError(
       f'{folder} holds a run of another experiment ({"; ".join(differing)}); '
       'choose another --run.folder, or delete this one'
     )
+
+
+def _fields(experiment: Experiment) -> dict:
+  return json.loads(experiment_lib.to_json(experiment))
+
+
+def differences(there: dict, here: dict, prefix: str = '') -> list[str]:
+  """Fields of two JSON objects that differ, by dotted name."""
+  found = []
+  for name in sorted({*there, *here}):
+    old, new = there.get(name), here.get(name)
+    if isinstance(old, dict) and isinstance(new, dict):
+      found += differences(old, new, f'{prefix}{name}.')
+    elif old != new:
+      found.append(f'{prefix}{name}: {old!r} there, {new!r} here')
+  return found
 
 
 def _git_commit() -> str | None:

@@ -44,13 +44,17 @@ def size_bits(config: ModelConfig) -> float:
   return linear_parameters(config) * PAPER_BITS[config.family] + rest * 16
 
 
-def training_flops_per_token(config: ModelConfig) -> int:
+def training_flops_per_token(
+  config: ModelConfig, sequence_length: int | None = None
+) -> int:
   """Multiply-adds as two, forward and backward: 6 a weight of each matmul.
 
   Attention adds 6 L T H h: causal, so half of the T x T products of q k^T
-  and of the weighted values. The embedding look-up is free.
+  and of the weighted values. The embedding look-up is free, and so is what
+  remat computes again. T defaults to the context.
   """
+  T = sequence_length or config.context_length
   head = config.d_model * config.padded_vocab_size
   matmul = linear_parameters(config) + head
   width = config.heads * config.head_dim
-  return 6 * (matmul + config.layers * config.context_length * width)
+  return 6 * (matmul + config.layers * T * width)

@@ -1,24 +1,30 @@
 # SPDX-License-Identifier: Apache-2.0
 """The training loop."""
 
+from collections.abc import Sequence
+import os
 from pathlib import Path
-import shutil
-import time
+import signal
 
 import jax
-import numpy as np
-import tqdm
+import orbax.checkpoint as ocp
 
 from tritera_jax.checkpoint import restore, save
 from tritera_jax.data import loader, shards
+from tritera_jax.data import tokenizer as tokenizer_lib
 from tritera_jax.experiment import Experiment
-from tritera_jax.model import decoder
 from tritera_jax.parallel import mesh as mesh_lib
-from tritera_jax.train import loss, metrics, step
+from tritera_jax.train import signals as signals_lib
+from tritera_jax.train import step
+from tritera_jax.train.observer import Observer
+from tritera_jax.train.signals import Stopped
 
 
 def train(experiment: Experiment, *, quiet: bool = False) -> step.TrainState:
   """Trains to run.steps, from the newest checkpoint if there is one.
+
+  SIGTERM and Ctrl-C save and stop between two steps; SIGUSR1 records a
+  profile.
 
   Args:
     experiment: what to train, on what, how, and where to write it.
@@ -28,44 +34,122 @@ def train(experiment: Experiment, *, quiet: bool = False) -> step.TrainState:
     The final state, which is also the last checkpoint.
 
   Raises:
-    ValueError: the dataset or the run folder does not fit the experiment.
-    FloatingPointError: loss or gradient is not finite; the checkpoints before
-      stand.
+    ValueError: the dataset, the run folder or the mesh does not fit the
+      experiment.
+    FloatingPointError: loss or gradient is not finite; the state before that
+      step is saved.
+    Stopped: by a signal; the state is saved.
   """
   data, run = experiment.data, experiment.run
   folder = Path(run.folder)
-  source = shards.open_split(data.path, 'train')
-  _check_vocabulary(experiment, source)
-  save.write_experiment(experiment, folder)
-  shutil.copy(Path(data.path) / 'tokenizer.json', folder)
-
+  sources = _open_sources(experiment)
   mesh = mesh_lib.make_mesh(experiment.mesh)
-  with jax.set_mesh(mesh), save.manager(folder, run.keep) as checkpoints:
+  update = step.jitted(experiment, mesh)
+  save.write_experiment(experiment, folder)
+  tokenizer = tokenizer_lib.load_tokenizer(f'{data.path}/tokenizer.json')
+  tokenizer.save(str(folder / 'tokenizer.json'))
+
+  with (
+    jax.set_mesh(mesh),
+    save.manager(folder, run.keep, run.keep_every) as checkpoints,
+    signals_lib.received() as signals,
+  ):
     state = _restore_or_init(experiment, mesh, checkpoints)
     start = int(state.step)
-    observe = _Observer(experiment, start, quiet)
-    update = step.jitted(experiment, mesh)
     batches = loader.batches(
-      [source],
+      sources,
+      [weight for _, weight in data.sources],
       batch_size=data.batch_size,
       sequence_length=data.sequence_length,
       seed=data.seed,
     )
-    with observe.bar:
-      for n, batch in enumerate(loader.iterate(batches, start), start + 1):
-        if n > run.steps:
+    before = None  # what the step before measured
+    with Observer(experiment, start, quiet) as observer:
+      for n, batch in enumerate(loader.iterate(batches, start), start):
+        if n == run.steps:
           break
-        observe.before_update(n, state)
-        state, measured = update(state, batch['tokens'])
-        observe.after_update(n, state, measured)
-        if n % run.save_every == 0 or n == run.steps:
-          save.save(checkpoints, n, params=state.params, rest=_rest(state))
+        observer.before_update(n + 1, state, signals)
+        state, measured = update(state, batch['tokens'], n)
+        # One step behind, so that the devices have work while we look.
+        _check(experiment, before, n, checkpoints, state)
+        before = measured
+        if observer.wants(n + 1) or _saves(experiment, n + 1) or signals.stop:
+          _check(experiment, measured, n + 1, checkpoints, state)
+        observer.after_update(n + 1, state, measured)
+        if _saves(experiment, n + 1) or signals.stop:
+          _save(checkpoints, experiment, state)
+        if signals.stop:
+          _stop(checkpoints, signals.stop, n + 1, folder)
     checkpoints.wait_until_finished()
   return state
 
 
-def _rest(state: step.TrainState):
-  return {'step': state.step, 'opt_state': state.opt_state}
+def restore_run(
+  folder: str | Path, at: int | None = None, devices: list | None = None
+) -> tuple[Experiment, step.TrainState]:
+  """Experiment and whole state of a run folder, laid out for training.
+
+  Args:
+    folder: the run's.
+    at: step of a checkpoint; default: the newest.
+    devices: to lay it out on, by the experiment's mesh; default: all.
+
+  Raises:
+    FileNotFoundError: not a run folder, or it has no such checkpoint.
+    ValueError: the checkpoint does not fit the run's experiment, or the mesh
+      the devices.
+  """
+  experiment = save.read_experiment(folder)
+  mesh = mesh_lib.make_mesh(experiment.mesh, devices)
+  target = step.abstract_state(experiment, mesh)
+  with restore.committed(folder, at) as (checkpoints, wanted):
+    state = restore.restore_state(checkpoints, wanted, experiment.model, target)
+  return experiment, state
+
+
+def _saves(experiment: Experiment, done: int) -> bool:
+  run = experiment.run
+  return (
+    done == run.steps
+    or done % run.save_every == 0
+    or bool(run.keep_every and done % run.keep_every == 0)
+  )
+
+
+def _open_sources(experiment: Experiment) -> Sequence[shards.TokenSource]:
+  """Every dataset of the mixture, checked against the model and each other."""
+  data, model = experiment.data, experiment.model
+  first = shards.read_manifest(data.path)
+  if first.vocab_size != model.vocab_size:
+    raise ValueError(
+      f'model.vocab_size={model.vocab_size}, but the tokenizer of {data.path} '
+      f'has {first.vocab_size} tokens; set --model.vocab-size '
+      f'{first.vocab_size}'
+    )
+  if model.document_separator not in (None, first.end_of_text):
+    raise ValueError(
+      f'model.document_separator={model.document_separator}, but documents of '
+      f'{data.path} end with token {first.end_of_text}; set '
+      f'--model.document-separator {first.end_of_text}'
+    )
+  sources = [shards.open_split(path, 'train') for path, _ in data.sources]
+  for source in sources:
+    if source.manifest.tokenizer != first.tokenizer:
+      raise ValueError(
+        f'the tokenizers of {source.root} and {data.path} differ; prepare one '
+        f"with the other's: --tokenizer {data.path}/tokenizer.json"
+      )
+  weights = [weight for _, weight in data.sources]
+  rows = experiment.run.steps * data.batch_size
+  epochs = loader.epochs(sources, weights, rows, data.sequence_length)
+  for source, count in zip(sources, epochs, strict=True):
+    if data.max_epochs and count > data.max_epochs:
+      raise ValueError(
+        f'{source.root} would be read {count:.2f} times in {rows:,} windows, '
+        f'more than data.max_epochs={data.max_epochs:g}; lower run.steps or '
+        'its weight, or give more data'
+      )
+  return sources
 
 
 def _restore_or_init(experiment, mesh, checkpoints) -> step.TrainState:
@@ -73,85 +157,46 @@ def _restore_or_init(experiment, mesh, checkpoints) -> step.TrainState:
   if newest is None:
     return step.jitted_init(experiment, mesh)()
   target = step.abstract_state(experiment, mesh)
-  items = restore.restore(
-    checkpoints, newest, params=target.params, rest=_rest(target)
+  return restore.restore_state(checkpoints, newest, experiment.model, target)
+
+
+def _save(
+  checkpoints: ocp.CheckpointManager,
+  experiment: Experiment,
+  state: step.TrainState,
+):
+  """Under the step of the state, unless it is there."""
+  done = int(state.step)
+  if done != checkpoints.latest_step():
+    save.save(checkpoints, done, experiment.model, state)
+
+
+def _check(
+  experiment: Experiment,
+  measured: dict | None,
+  n: int,
+  checkpoints: ocp.CheckpointManager,
+  state: step.TrainState,
+):
+  """Saves the state and raises, if update n was not made."""
+  if measured is None or measured['updated']:
+    return
+  # The state is that before the update: it waits, see `step.train_step`.
+  _save(checkpoints, experiment, state)
+  checkpoints.wait_until_finished()
+  raise FloatingPointError(
+    f'loss is {float(measured["loss"])} and gradient_norm '
+    f'{float(measured["gradient_norm"])} at step {n}; the state before it is '
+    f'saved as checkpoint {n - 1} of {experiment.run.folder}'
   )
-  return step.TrainState(params=items['params'], **items['rest'])
 
 
-def _check_vocabulary(experiment: Experiment, source: shards.TokenSource):
-  if source.vocab_size != experiment.model.vocab_size:
-    raise ValueError(
-      f'model.vocab_size={experiment.model.vocab_size}, but the tokenizer of '
-      f'{experiment.data.path} has {source.vocab_size} tokens; set '
-      f'--model.vocab-size {source.vocab_size}'
-    )
-
-
-class _Observer:
-  """What a run tells of itself: the progress bar and metrics.jsonl."""
-
-  def __init__(self, experiment: Experiment, start: int, quiet: bool):
-    run, data = experiment.run, experiment.data
-    self.experiment = experiment
-    self.file = metrics.MetricsFile(Path(run.folder), start)
-    self.bar = tqdm.tqdm(
-      total=run.steps, initial=start, unit='step', disable=quiet,
-      mininterval=1, smoothing=0.05,
-    )  # fmt: skip
-    self.last, self.clock, self.compiling = start, 0.0, True
-    self.codes_before = None
-    self.held_out = None
-    if run.evaluate_every:
-      source = shards.open_split(data.path, 'validation')
-      T = data.sequence_length
-      self.held_out = loader.windows(source, T, T, run.evaluate_tokens)
-
-  def before_update(self, n: int, state: step.TrainState):
-    model, run = self.experiment.model, self.experiment.run
-    if model.family == 'ternary' and n % run.telemetry_every == 0:
-      self.codes_before = metrics.codes(model, state.params)
-
-  def after_update(self, n: int, state: step.TrainState, measured):
-    self.bar.update()
-    experiment, run = self.experiment, self.experiment.run
-    if self.compiling:
-      jax.block_until_ready(measured)  # compiled by now: time from here
-      self.last, self.clock, self.compiling = n, time.perf_counter(), False
-    last = n == run.steps
-    told = self.codes_before is not None
-    evaluating = run.evaluate_every and (n % run.evaluate_every == 0 or last)
-    # Before each save too: what is not finite must not be saved.
-    logging = n % run.log_every == 0 or n % run.save_every == 0 or last
-    if not (logging or told or evaluating):
-      return
-    record = {'step': n} | {k: float(v) for k, v in measured.items()}
-    if n > self.last:
-      seconds = time.perf_counter() - self.clock
-      tokens = (n - self.last) * experiment.batch_tokens
-      record['tokens_per_second'] = tokens / seconds
-    if told:
-      record |= metrics.telemetry(
-        experiment.model, state.params, self.codes_before
-      )
-      self.codes_before = None
-    if evaluating:
-      record['held_out_loss'] = self.held_out_loss(state)
-    self.file.write(record)
-    self.bar.set_postfix_str(metrics.line(record), refresh=False)
-    self.last, self.clock = n, time.perf_counter()
-    for field in ('loss', 'gradient_norm'):
-      if not np.isfinite(record[field]):
-        raise FloatingPointError(
-          f'{field} is {record[field]} at step {n}; {run.folder} keeps the '
-          'checkpoints before it'
-        )
-
-  def held_out_loss(self, state: step.TrainState) -> float:
-    """Nats a token over the first run.evaluate_tokens of held-out text."""
-    assert self.held_out is not None
-    model = decoder.bind(self.experiment.model, state.params)
-    nats = loss.total_loss(
-      model, self.held_out, self.experiment.data.batch_size
-    )
-    return nats / float(self.held_out[2].sum())
+def _stop(
+  checkpoints: ocp.CheckpointManager, number: int, done: int, folder: Path
+):
+  checkpoints.wait_until_finished()
+  raise Stopped(
+    number,
+    f'stopped by {signal.Signals(number).name} after step {done}, which is '
+    f'saved in {os.fspath(folder)}; the same command goes on',
+  )

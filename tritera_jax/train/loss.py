@@ -24,6 +24,13 @@ def token_losses(
   return optax.softmax_cross_entropy_with_integer_labels(logits_BTV, targets_BT)
 
 
+def squared_log_z(
+  logits_BTV: Float32[Array, 'B T V'],
+) -> Float32[Array, 'B T']:
+  """log(sum exp logits)^2: what the z-loss keeps small (PaLM, section 5)."""
+  return jnp.square(jax.nn.logsumexp(logits_BTV, axis=-1))
+
+
 @functools.partial(jax.jit, static_argnums=0)
 def _weighted_sum(graphdef, state, inputs_BT, targets_BT, weights_BT):
   logits_BTV, _ = nnx.merge(graphdef, state)(inputs_BT)

@@ -39,22 +39,17 @@ def read(folder: str | Path) -> list[dict]:
   return [json.loads(line) for line in lines[:-1] if line]
 
 
-@functools.partial(jax.jit, static_argnums=0)
-def codes(config: ModelConfig, params):
-  """Codes by name, to compare with those after an update."""
-  return {
-    name: codes
-    for name, (codes, _) in quantized.codes_and_scales(config, params).items()
-  }
+codes_and_scales = jax.jit(quantized.codes_and_scales, static_argnums=0)
 
 
 @functools.partial(jax.jit, static_argnums=0)
 def _telemetry(config: ModelConfig, params, before):
   return {
     name: stats.stacked_stats(
-      w_LKN, before[name], config.scale_blocks, config.linears[name].scale_axis
+      w_LKN, codes_LKN, scale_LS, config.linears[name].scale_axis
     )
     for name, w_LKN in quantized.latents(config, params).items()
+    for codes_LKN, scale_LS in [before[name]]
   }
 
 
@@ -64,14 +59,14 @@ def telemetry(config: ModelConfig, params, before) -> dict:
   Args:
     config: of a ternary model.
     params: after an update.
-    before: `codes` before it.
+    before: `codes_and_scales` before it.
   """
   by_name = jax.tree.map(float, _telemetry(config, params, before))
-  size = {name: before[name].size for name in by_name}
+  size = {name: before[name][0].size for name in by_name}
   overall = {
     field: sum(size[n] * by_name[n][field] for n in by_name)
     / sum(size.values())
-    for field in ('zero_fraction', 'flip_fraction', 'near_threshold', 'scale')
+    for field in next(iter(by_name.values()))
   }
   return overall | {'matrices': by_name}
 
@@ -83,6 +78,8 @@ def line(record: dict) -> str:
     parts.append(f'held-out {record["held_out_loss"]:.3f}')
   if 'tokens_per_second' in record:
     parts.append(f'{record["tokens_per_second"]:,.0f} tok/s')
+  if 'mfu' in record:
+    parts.append(f'MFU {record["mfu"]:.1%}')
   if 'zero_fraction' in record:
     parts.append(
       f'zeros {record["zero_fraction"]:.1%} flips {record["flip_fraction"]:.2%}'

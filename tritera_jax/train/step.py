@@ -1,12 +1,13 @@
 # SPDX-License-Identifier: Apache-2.0
 """One update: a pure function of (state, batch)."""
 
+import functools
 from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 from jax.sharding import Mesh
-from jaxtyping import Array, Float32, Int32, PyTree
+from jaxtyping import Array, Float32, Int32, PyTree, UInt32
 import optax
 
 from tritera_jax.experiment import Experiment
@@ -16,13 +17,22 @@ from tritera_jax.train import loss, optimizer
 
 
 class TrainState(NamedTuple):
-  """Everything an update reads and writes.
+  """Everything that an update reads and writes, beside the batch.
 
-  Invariant: `step` updates have been made, from batches 0..step-1, so the
-  data position is `step` itself.
+  Invariant: `step` updates have been made, from batches 0..step-1, so that
+  the data position is `step` itself. Nothing is drawn at random after
+  initialisation, so that there is no key.
+
+  Attributes:
+    step: updates made.
+    tokens_digest: of all the tokens trained on, in order: two runs that agree
+      in it have lost and repeated the same batches, which is none.
+    params: float32 latents.
+    opt_state: of optax.
   """
 
   step: Int32[Array, '']
+  tokens_digest: UInt32[Array, '']
   params: PyTree
   opt_state: PyTree
 
@@ -39,7 +49,7 @@ def shardings(experiment: Experiment, mesh: Mesh) -> TrainState:
     params,
     transform_non_params=lambda _: whole,
   )
-  return TrainState(whole, params, opt_state)
+  return TrainState(whole, whole, params, opt_state)
 
 
 def abstract_state(experiment: Experiment, mesh: Mesh) -> TrainState:
@@ -61,49 +71,122 @@ def jitted_init(experiment: Experiment, mesh: Mesh):
 
 
 def jitted(experiment: Experiment, mesh: Mesh):
-  """`train_step` of (state, tokens); the state's buffers are reused."""
+  """`train_step` of (state, tokens, n); the state's buffers are reused.
+
+  Raises:
+    ValueError: the mesh cannot divide the batch.
+  """
+  _check_batch(experiment, mesh)
   placed = shardings(experiment, mesh)
   batch = rules.shardings(mesh, ('batch', None))
   return jax.jit(
-    lambda state, tokens_BT1: train_step(experiment, state, tokens_BT1),
-    in_shardings=(placed, batch),
+    lambda state, tokens_BT1, n: train_step(experiment, state, tokens_BT1, n),
+    in_shardings=(placed, batch, None),
     out_shardings=(placed, None),
     donate_argnums=0,
   )
+
+
+def _check_batch(experiment: Experiment, mesh: Mesh):
+  rows, parts = experiment.data.batch_size, experiment.run.accumulation
+  shares = mesh.shape['data'] * mesh.shape['fsdp']
+  if rows % (parts * shares):
+    raise ValueError(
+      f'data.batch_size={rows} must be a multiple of run.accumulation={parts} '
+      f'x mesh.data={mesh.shape["data"]} x mesh.fsdp={mesh.shape["fsdp"]}'
+    )
 
 
 def init_state(experiment: Experiment) -> TrainState:
   """The state before the first update; a pure function of run.seed."""
   params = decoder.init(experiment.model, jax.random.key(experiment.run.seed))
   update = optimizer.make(experiment.optimizer, experiment.run.steps)
-  return TrainState(jnp.int32(0), params, update.init(params))
+  return TrainState(jnp.int32(0), jnp.uint32(0), params, update.init(params))
 
 
 def train_step(
   experiment: Experiment,
   state: TrainState,
   tokens_BT1: Int32[Array, 'B T1'],
+  n: Int32[Array, ''] | int,
 ) -> tuple[TrainState, dict[str, Float32[Array, '']]]:
-  """The state after one more batch of T+1 tokens a row, and its metrics.
+  """The state after batch n, of T+1 tokens a row, and what was measured.
+
+  The state stays as it is if loss or gradient is not finite, and if batch n
+  is not its next one: so after a failed update it waits, whatever comes.
 
   Metrics: loss (nats a token, before the update), gradient_norm (before
-  clipping), parameter_norm, learning_rate.
+  clipping), parameter_norm, learning_rate, z_loss if it has a weight, and
+  updated (1 or 0).
   """
-  config, run = experiment.model, experiment.run
-
-  def mean_loss(params):
-    logits_BTV, _ = decoder.bind(config, params)(tokens_BT1[:, :-1])
-    return loss.token_losses(logits_BTV, tokens_BT1[:, 1:]).mean()
-
-  nats, grads = jax.value_and_grad(mean_loss)(state.params)
-  update = optimizer.make(experiment.optimizer, run.steps)
+  run, config = experiment.run, experiment.optimizer
+  (_, measured), grads = _accumulated(experiment, state.params, tokens_BT1)
+  measured['gradient_norm'] = optax.tree.norm(grads)
+  updated = (
+    jnp.isfinite(measured['loss'])
+    & jnp.isfinite(measured['gradient_norm'])
+    & (state.step == n)
+  )
+  update = optimizer.make(config, run.steps)
   updates, opt_state = update.update(grads, state.opt_state, state.params)
-  params = optax.apply_updates(state.params, updates)
-  schedule = experiment.optimizer.schedule
-  metrics = {
-    'loss': nats,
-    'gradient_norm': optax.tree.norm(grads),
+  after = TrainState(
+    state.step + 1,
+    _digest(state.tokens_digest, tokens_BT1),
+    optax.apply_updates(state.params, updates),
+    opt_state,
+  )
+  after = jax.tree.map(
+    lambda new, old: jnp.where(updated, new, old), after, state
+  )
+  rate = config.schedule.learning_rate(state.step, run.steps)
+  return after, measured | {
     'parameter_norm': optax.tree.norm(state.params),
-    'learning_rate': schedule.learning_rate(state.step, run.steps),
+    'learning_rate': rate,
+    'updated': updated.astype(jnp.float32),
   }
-  return TrainState(state.step + 1, params, opt_state), metrics
+
+
+def _accumulated(experiment: Experiment, params: PyTree, tokens_BT1):
+  """Mean loss, metrics and gradient of the batch, part by part."""
+  grad = jax.value_and_grad(
+    functools.partial(_mean_loss, experiment), has_aux=True
+  )
+  parts = experiment.run.accumulation
+  if parts == 1:
+    return grad(params, tokens_BT1)
+  # Part a takes rows a, a + parts, ...: each device has some of every part.
+  B, T1 = tokens_BT1.shape
+  parts_AbT1 = tokens_BT1.reshape(B // parts, parts, T1).swapaxes(0, 1)
+  parts_AbT1 = rules.constrain(parts_AbT1, (None, 'batch', None))
+
+  def add(sums, tokens_bT1):
+    return jax.tree.map(jnp.add, sums, grad(params, tokens_bT1)), None
+
+  zeros = jax.tree.map(
+    lambda leaf: jnp.zeros(leaf.shape, leaf.dtype),
+    jax.eval_shape(grad, params, parts_AbT1[0]),
+  )
+  sums, _ = jax.lax.scan(add, zeros, parts_AbT1)
+  return jax.tree.map(lambda leaf: leaf / parts, sums)
+
+
+def _mean_loss(experiment: Experiment, params: PyTree, tokens_BT1):
+  """What is minimised, and the metrics that go with it."""
+  model = decoder.bind(experiment.model, params)
+  logits_BTV, _ = model(tokens_BT1[:, :-1], remat=experiment.run.remat)
+  nats = loss.token_losses(logits_BTV, tokens_BT1[:, 1:]).mean()
+  weight = experiment.optimizer.z_loss
+  if not weight:
+    return nats, {'loss': nats}
+  z_loss = weight * loss.squared_log_z(logits_BTV).mean()
+  return nats + z_loss, {'loss': nats, 'z_loss': z_loss}
+
+
+def _digest(before: UInt32[Array, ''], tokens_BT1) -> UInt32[Array, '']:
+  """A linear hash of the batch, chained; integers, so the same on any mesh."""
+  place = jnp.arange(tokens_BT1.size, dtype=jnp.uint32)
+  place = (place ^ (place >> 16)) * jnp.uint32(0x45D9F3B)
+  place = 2 * (place ^ (place >> 16)) + 1
+  tokens = tokens_BT1.astype(jnp.uint32) + 1
+  batch = jnp.sum(tokens * place.reshape(tokens_BT1.shape), dtype=jnp.uint32)
+  return before * jnp.uint32(1664525) + batch
