@@ -408,6 +408,31 @@ def test_tokens_that_are_not_the_manifests_are_found(dataset):
     shards.open_split(dataset, 'train').verify()
 
 
+def test_a_tokenizer_that_is_not_the_datasets_is_refused(dataset):
+  file = dataset / 'tokenizer.json'
+  fields = json.loads(file.read_text())
+  # How the JSON is written does not matter.
+  file.write_text(json.dumps(fields, sort_keys=True))
+  before = prepare.decode_split(dataset, 'train')
+  vocabulary = fields['model']['vocab']
+  vocabulary['a'], vocabulary['b'] = vocabulary['b'], vocabulary['a']
+  file.write_text(json.dumps(fields))
+  assert tokenizer.load_tokenizer(file).decode([vocabulary['a']]) == 'a'
+  for call in (
+    lambda: shards.read_tokenizer(dataset),
+    lambda: prepare.decode_split(dataset, 'train'),
+  ):
+    with pytest.raises(ValueError, match=(
+      r'tokenizer\.json is [0-9a-f]{64}, the manifest says [0-9a-f]{64}; the '
+      'dataset is damaged'
+    )):  # fmt: skip
+      call()
+  file.unlink()
+  with pytest.raises(FileNotFoundError, match='no tokenizer at'):
+    shards.read_tokenizer(dataset)
+  assert before
+
+
 def test_what_is_not_there_is_said(tmp_path, dataset):
   with pytest.raises(FileNotFoundError, match='has no manifest.json'):
     shards.open_split(tmp_path, 'train')

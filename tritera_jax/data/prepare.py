@@ -97,17 +97,18 @@ def prepare(
       standard library. A .jsonl(.gz, .zst) file is a document a line, a
       .parquet file one a row, any other file one document.
     out: dataset folder to write, or a bucket URL (gs://..., s3://...).
-    vocab_size: of the tokenizer that is trained, on up to 128 MiB of the
-      train split.
+    vocab_size: most tokens of the tokenizer that is trained, on up to 128 MiB
+      of the train split.
     tokenizer: a Hugging Face tokenizer.json to use instead of training one.
     holdout: share of documents in the validation split, chosen by a hash of
       their names; 0 for no such split.
-    text_field: of a line's object or of a row.
-    shard_tokens: a shard ends with the first part of a document that fills
-      it: about this many tokens are in memory.
+    text_field: where a line's object or a row has its text.
+    shard_tokens: tokens of a shard, about: it ends with the part of a document
+      that fills it. Each split has as many in memory.
     host: which one this is, from 0.
     hosts: how many share the work.
-    progress: called with the bytes of files done, and those of this host.
+    progress: called with the bytes of files done, and those of this host, once
+      there is a tokenizer.
 
   Raises:
     FileNotFoundError: there is no such corpus or tokenizer.
@@ -458,9 +459,14 @@ def _delete_leftovers(out: str, splits: dict[str, list[Shard]]):
 
 
 def decode_split(dataset: str | Path, split: str) -> bytes:
-  """The text of a split, documents end to end: what byte counts refer to."""
+  """The text of a split, documents end to end: what byte counts refer to.
+
+  Raises:
+    FileNotFoundError: not a finished dataset.
+    ValueError: no such split, or the dataset is damaged.
+  """
   source = shards.open_split(dataset, split)
-  tokenizer = tokenizer_lib.load_tokenizer(f'{dataset}/tokenizer.json')
+  tokenizer = shards.read_tokenizer(dataset)
   ids = source.read(0, source.tokens)
   return tokenizer.decode(
     ids[ids != source.manifest.end_of_text].tolist(),

@@ -28,8 +28,10 @@ from jaxtyping import Integer
 import numpy as np
 import pydantic
 import tensorstore as ts
+import tokenizers
 
 from tritera_jax.data import storage
+from tritera_jax.data import tokenizer as tokenizer_lib
 
 KIND, VERSION = 'tritera-tokens', 1
 _FILE, _CHUNK = 2**24, 2**14  # elements
@@ -191,6 +193,24 @@ def read_manifest(root: str | Path) -> Manifest:
       if min(shard.tokens, shard.documents, shard.bytes) < 0:
         raise ValueError(f'{file}: {shard.path}: a count is negative')
   return manifest
+
+
+def read_tokenizer(root: str | Path) -> tokenizers.Tokenizer:
+  """The tokenizer that a dataset's tokens are of.
+
+  Raises:
+    FileNotFoundError: not a finished dataset, or its tokenizer is gone.
+    ValueError: it is another one than the manifest's.
+  """
+  manifest = read_manifest(root)
+  tokenizer = tokenizer_lib.load_tokenizer(f'{root}/tokenizer.json')
+  found = tokenizer_lib.fingerprint(tokenizer)
+  if found != manifest.tokenizer:
+    raise ValueError(
+      f'{root}/tokenizer.json is {found}, the manifest says '
+      f'{manifest.tokenizer}; the dataset is damaged: prepare again'
+    )
+  return tokenizer
 
 
 class TokenSource:
