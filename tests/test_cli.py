@@ -1,5 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 import io
+from pathlib import Path
 
 import pytest
 
@@ -101,8 +102,20 @@ def test_eval_pack_generate_and_doctor(
 
 
 def test_prepare_prints_what_it_made(capsys, tmp_path):
-  code, out, _ = run(
-    capsys, 'prepare', 'experiments', tmp_path / 'data',
+  command = (
+    'prepare', 'experiments', tmp_path / 'data',
     '--vocab-size', 300, '--holdout', 0.4,
   )  # fmt: skip
+  code, out, err = run(capsys, *command)
   assert code == 0 and 'train' in out and 'bytes a token' in out
+  kilobytes = sum(
+    file.stat().st_size for file in Path('experiments').rglob('*.py')
+  ) / 1e3  # fmt: skip
+  assert '100%' in err and f'{kilobytes:.3g}k/{kilobytes:.3g}k' in err
+  # There is no bar where there is nothing to do.
+  assert run(capsys, *command)[::2] == (0, '')
+  with pytest.raises(SystemExit):
+    cli.main(['prepare', '--help'])
+  help_text = capsys.readouterr().out
+  assert 'prepare [-h] [OPTIONS] CORPUS OUT' in help_text
+  assert 'progress' not in help_text

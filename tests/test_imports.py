@@ -14,7 +14,12 @@ SOURCES = (ROOT / 'tritera_jax', ROOT / 'kernels' / 'tritera_kernels')
 
 # Each part and the parts that it may import beside itself. `experiment` is
 # the frozen description that everything above the model reads.
+# `__init__` names all that is to be called, and imports none of it by itself.
 MAY_IMPORT = {
+  '__init__': {
+    'checkpoint', 'data', 'eval', 'experiment', 'generate', 'model',
+    'parallel', 'show', 'train', 'tritera_kernels',
+  },
   'tritera_kernels': set(),
   'ternary': {'tritera_kernels'},
   'parallel': set(),

@@ -1,0 +1,97 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Ternary language models: what scripts and notebooks call, by one import.
+
+Each verb of the command line is a function here with the same arguments.
+Names are imported when first used: `import tritera_jax` imports no JAX. Every
+name is a class, or a verb with its object where the verb alone is taken: no
+name may be that of a submodule (`train`, `eval`, ...), which importing it
+would overwrite.
+"""
+
+import importlib
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+  from tritera_jax.checkpoint.pack import pack as pack_run
+  from tritera_jax.checkpoint.restore import restore_params
+  from tritera_jax.data.prepare import prepare as prepare_dataset
+  from tritera_jax.data.shards import open_split
+  from tritera_jax.eval.perplexity import evaluate
+  from tritera_jax.experiment import (
+    DataConfig,
+    Experiment,
+    OptimizerConfig,
+    RunConfig,
+  )
+  from tritera_jax.experiment import load as load_experiment
+  from tritera_jax.generate.load import complete, complete_all, stream
+  from tritera_jax.generate.load import load as load_model
+  from tritera_jax.generate.sampling import Sampling
+  from tritera_jax.model.config import ModelConfig
+  from tritera_jax.model.quantized import codes_and_scales
+  from tritera_jax.parallel.mesh import MeshConfig
+  from tritera_jax.show import describe
+  from tritera_jax.train.loop import train as train_experiment
+  from tritera_kernels.doctor import report as check_kernels
+
+# The module of each name, and what it is called there if that is another.
+_PLACES = {
+  'DataConfig': 'tritera_jax.experiment',
+  'Experiment': 'tritera_jax.experiment',
+  'MeshConfig': 'tritera_jax.parallel.mesh',
+  'ModelConfig': 'tritera_jax.model.config',
+  'OptimizerConfig': 'tritera_jax.experiment',
+  'RunConfig': 'tritera_jax.experiment',
+  'Sampling': 'tritera_jax.generate.sampling',
+  'check_kernels': 'tritera_kernels.doctor:report',
+  'codes_and_scales': 'tritera_jax.model.quantized',
+  'complete': 'tritera_jax.generate.load',
+  'complete_all': 'tritera_jax.generate.load',
+  'describe': 'tritera_jax.show',
+  'evaluate': 'tritera_jax.eval.perplexity',
+  'load_experiment': 'tritera_jax.experiment:load',
+  'load_model': 'tritera_jax.generate.load:load',
+  'open_split': 'tritera_jax.data.shards',
+  'pack_run': 'tritera_jax.checkpoint.pack:pack',
+  'prepare_dataset': 'tritera_jax.data.prepare:prepare',
+  'restore_params': 'tritera_jax.checkpoint.restore',
+  'stream': 'tritera_jax.generate.load',
+  'train_experiment': 'tritera_jax.train.loop:train',
+}
+
+__all__ = [
+  'DataConfig',
+  'Experiment',
+  'MeshConfig',
+  'ModelConfig',
+  'OptimizerConfig',
+  'RunConfig',
+  'Sampling',
+  'check_kernels',
+  'codes_and_scales',
+  'complete',
+  'complete_all',
+  'describe',
+  'evaluate',
+  'load_experiment',
+  'load_model',
+  'open_split',
+  'pack_run',
+  'prepare_dataset',
+  'restore_params',
+  'stream',
+  'train_experiment',
+]
+
+
+def __getattr__(name: str):
+  if name not in _PLACES:
+    raise AttributeError(f'module {__name__!r} has no attribute {name!r}')
+  module, _, there = _PLACES[name].partition(':')
+  value = getattr(importlib.import_module(module), there or name)
+  globals()[name] = value
+  return value
+
+
+def __dir__() -> list[str]:
+  return sorted({*globals(), *__all__})

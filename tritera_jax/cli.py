@@ -4,11 +4,15 @@
 The library is imported verb by verb, so that --help is quick.
 """
 
+from collections.abc import Callable, Iterator
+import contextlib
 import difflib
 import functools
+import inspect
 from pathlib import Path
+import re
 import sys
-from typing import Literal
+from typing import Annotated, Any, Literal
 
 import tqdm
 import tyro
@@ -16,17 +20,62 @@ import tyro
 Positional = tyro.conf.Positional
 
 
+def _with_names(function: Callable, **fixed) -> Callable:
+  """`function` as tyro is to see it: arguments by name, without `fixed`."""
+  # Not a wrapper of functools: tyro would look behind it.
+  named: Any = lambda *args, **kwargs: function(*args, **kwargs, **fixed)
+  named.__name__ = function.__name__
+  named.__signature__ = inspect.Signature(
+    [
+      parameter.replace(
+        annotation=Annotated[
+          parameter.annotation, tyro.conf.arg(metavar=name.upper())
+        ]
+      )
+      if parameter.default is parameter.empty
+      else parameter
+      for name, parameter in inspect.signature(function).parameters.items()
+      if name not in fixed
+    ]
+  )
+  named.__annotations__ = {
+    name: parameter.annotation
+    for name, parameter in named.__signature__.parameters.items()
+  }
+  # The lines of an argument are one paragraph, to be broken anew.
+  named.__doc__ = re.sub(r'\n {6,}', ' ', function.__doc__ or '')
+  return named
+
+
+@contextlib.contextmanager
+def _bytes_bar() -> Iterator[Callable[[int, int], None]]:
+  """A function of bytes done and bytes in all; the bar comes with its call."""
+  bar = None
+
+  def show(done: int, total: int):
+    nonlocal bar
+    if bar is None:
+      bar = tqdm.tqdm(total=total, unit='B', unit_scale=True)
+    bar.update(done - bar.n)
+
+  try:
+    yield show
+  finally:
+    if bar is not None:
+      bar.close()
+
+
 def _prepare(args: list[str]):
   from tritera_jax.data import prepare
 
-  print(
-    tyro.cli(
-      prepare.prepare,
+  with _bytes_bar() as progress:
+    summary = tyro.cli(
+      _with_names(prepare.prepare, progress=progress),
       args=args,
       prog='tritera prepare',
-      config=(tyro.conf.PositionalRequiredArgs, tyro.conf.SuppressFixed),
+      config=(tyro.conf.PositionalRequiredArgs,),
     )
-  )
+  print(summary)
 
 
 def _resolve(verb: str, args: list[str]):
@@ -69,7 +118,7 @@ def _eval(args: list[str]):
 
   def evaluate(
     path: Positional[Path],
-    data: Path | None = None,
+    data: str | None = None,
     split: str = 'validation',
     sequence_length: int | None = None,
     stride: int | None = None,
@@ -77,11 +126,11 @@ def _eval(args: list[str]):
     activations: Activations | None = None,
     baselines: bool = False,
   ):
-    """Loss of a run or a packed model on a split of a dataset folder.
+    """Loss of a run or a packed model on a split of a dataset.
 
     Args:
       path: run folder or packed folder.
-      data: dataset folder; default: the one that the run was trained on.
+      data: dataset folder or bucket URL; default: the run's own.
       split: of the dataset.
       sequence_length: tokens a window; default: the model's context.
       stride: tokens scored a window; default: half a window.
@@ -89,30 +138,24 @@ def _eval(args: list[str]):
       activations: of a packed model: float or int8; default: its record's.
       baselines: also gzip, xz and a unigram model on the same text.
     """
-    from tritera_jax.checkpoint import save
-    from tritera_jax.data import shards
     from tritera_jax.eval import baselines as baselines_lib
     from tritera_jax.eval import perplexity
-    from tritera_jax.generate import load
 
-    folder = data or save.read_experiment(path).data.path
-    source = shards.open_split(folder, split)
-    loaded = load.load(path, activations=activations)
-    result = perplexity.held_out_loss(
-      loaded.model,
-      source,
-      sequence_length=sequence_length or loaded.model.config.context_length,
-      stride=stride,
-      batch_size=batch_size,
-      progress=functools.partial(tqdm.tqdm, unit='batch', leave=False),
-    )
+    data = data or perplexity.default_data(path)
     print(
-      f'{result.nats_per_token:.4f} nats/token, '
-      f'{result.bits_per_byte:.4f} bits/byte '
-      f'({result.tokens:,} tokens, {result.bytes:,} bytes)'
+      perplexity.evaluate(
+        path,
+        data,
+        split=split,
+        sequence_length=sequence_length,
+        stride=stride,
+        batch_size=batch_size,
+        activations=activations,
+        progress=functools.partial(tqdm.tqdm, unit='batch', leave=False),
+      )
     )
     if baselines:
-      for name, bits in baselines_lib.all_baselines(folder, split).items():
+      for name, bits in baselines_lib.all_baselines(data, split).items():
         print(f'{name}: {bits:.4f} bits/byte')
 
   tyro.cli(evaluate, args=args, prog='tritera eval')

@@ -197,6 +197,67 @@ def test_what_a_given_tokenizer_does_beside_tokenising_is_undone(
     assert prepare.decode_split(tmp_path / 'out', split) == text
 
 
+def test_without_a_holdout_there_is_one_split(corpus, dataset, tmp_path):
+  out = tmp_path / 'out'
+  summary = prepare.prepare(str(corpus), str(out), vocab_size=300, holdout=0.0)
+  assert 'validation' not in str(summary)
+  assert not (out / 'validation').exists()
+  assert sorted(
+    prepare.decode_split(out, 'train').decode().splitlines()
+  ) == sorted(''.join(TEXTS.values()).splitlines())
+  with pytest.raises(ValueError, match=r"'validation'; it has \['train'\]"):
+    shards.open_split(out, 'validation')
+  # A dataset of two splits is not turned into one of one.
+  with pytest.raises(ValueError, match='holdout: 0.3 there, 0.0 here'):
+    prepare.prepare(str(corpus), str(dataset), vocab_size=300, holdout=0.0)
+
+
+@pytest.mark.parametrize(
+  ('holdout', 'split'), [(1e-9, 'validation'), (1 - 1e-9, 'train')]
+)
+def test_a_split_without_text_is_refused(corpus, tmp_path, holdout, split):
+  out = str(tmp_path / 'out')
+  with pytest.raises(ValueError, match=(
+    f'no text in the {split} split of 12 files; change holdout={holdout} '
+    r'\(0 for no validation split\), or give more documents'
+  )):  # fmt: skip
+    prepare.prepare(str(corpus), out, vocab_size=300, holdout=holdout)
+  # What is there by now is of no harm to a better call.
+  prepare.prepare(str(corpus), out, vocab_size=300, holdout=0.3)
+  again = str(tmp_path / 'again')
+  prepare.prepare(str(corpus), again, vocab_size=300, holdout=0.3)
+  left, right = (
+    {f.relative_to(folder): f.read_bytes()
+     for f in Path(folder).rglob('*') if f.is_file()}
+    for folder in (out, again)
+  )  # fmt: skip
+  assert left == right
+
+
+def test_documents_that_are_left_out_are_counted(corpus, tmp_path):
+  rows = [
+    '{"text": ""}',
+    '{"text": null}',
+    '{"text": "\\ud800"}',
+    '{"text": "x"}',
+  ]
+  (corpus / 'rows.jsonl').write_text('\n'.join(rows))
+  summary = prepare.prepare(
+    str(corpus), str(tmp_path / 'out'), vocab_size=300, holdout=0.3
+  )
+  # binary.dat, empty.txt and three rows.
+  assert json.loads((tmp_path / 'out/manifest.json').read_text())[
+    'left_out'] == 5  # fmt: skip
+  assert 'left out   5 documents that are empty or not text' in str(summary)
+  assert (
+    sum(
+      shards.open_split(tmp_path / 'out', split).documents
+      for split in ('train', 'validation')
+    )
+    == len(TEXTS) + 1
+  )
+
+
 @pytest.mark.parametrize('data', [
   b'# coding: rot13\nx\n', b'# coding: no-such\nx\n', b'x = "\xff"\n',
   b'# coding: unicode_escape\nx = "\\ud800"\n',
@@ -345,6 +406,31 @@ def test_tokens_that_are_not_the_manifests_are_found(dataset):
   broken(dataset, vocab_size=300, sha256='0' * 64)
   with pytest.raises(ValueError, match='does not match its digest'):
     shards.open_split(dataset, 'train').verify()
+
+
+def test_a_tokenizer_that_is_not_the_datasets_is_refused(dataset):
+  file = dataset / 'tokenizer.json'
+  fields = json.loads(file.read_text())
+  # How the JSON is written does not matter.
+  file.write_text(json.dumps(fields, sort_keys=True))
+  before = prepare.decode_split(dataset, 'train')
+  vocabulary = fields['model']['vocab']
+  vocabulary['a'], vocabulary['b'] = vocabulary['b'], vocabulary['a']
+  file.write_text(json.dumps(fields))
+  assert tokenizer.load_tokenizer(file).decode([vocabulary['a']]) == 'a'
+  for call in (
+    lambda: shards.read_tokenizer(dataset),
+    lambda: prepare.decode_split(dataset, 'train'),
+  ):
+    with pytest.raises(ValueError, match=(
+      r'tokenizer\.json is [0-9a-f]{64}, the manifest says [0-9a-f]{64}; the '
+      'dataset is damaged'
+    )):  # fmt: skip
+      call()
+  file.unlink()
+  with pytest.raises(FileNotFoundError, match='no tokenizer at'):
+    shards.read_tokenizer(dataset)
+  assert before
 
 
 def test_what_is_not_there_is_said(tmp_path, dataset):

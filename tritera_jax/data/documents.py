@@ -8,12 +8,11 @@ document a line, .parquet a document a row, any other file is one document.
 from collections.abc import Iterator
 import functools
 import hashlib
-import io
 import json
 from pathlib import Path
 import sysconfig
 import tokenize
-from typing import NamedTuple
+from typing import NamedTuple, TextIO
 import zlib
 
 STDLIB = 'stdlib'
@@ -142,7 +141,7 @@ def _cut(text: str) -> Iterator[str]:
   yield text[start:]
 
 
-def _open_text(path: Path) -> io.TextIOWrapper:
+def _open_text(path: Path) -> TextIO:
   """With '\\n' line ends; a .py file declares its encoding (PEP 263).
 
   An unknown encoding is a SyntaxError, one that is not of text (rot13) a

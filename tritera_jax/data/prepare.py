@@ -17,6 +17,7 @@ import hashlib
 import json
 import math
 from pathlib import Path
+import re
 import time
 
 import numpy as np
@@ -96,17 +97,18 @@ def prepare(
       standard library. A .jsonl(.gz, .zst) file is a document a line, a
       .parquet file one a row, any other file one document.
     out: dataset folder to write, or a bucket URL (gs://..., s3://...).
-    vocab_size: of the tokenizer that is trained, on up to 128 MiB of the
-      train split.
+    vocab_size: most tokens of the tokenizer that is trained, on up to 128 MiB
+      of the train split.
     tokenizer: a Hugging Face tokenizer.json to use instead of training one.
     holdout: share of documents in the validation split, chosen by a hash of
       their names; 0 for no such split.
-    text_field: of a line's object or of a row.
-    shard_tokens: a shard ends with the first part of a document that fills
-      it: about this many tokens are in memory.
+    text_field: where a line's object or a row has its text.
+    shard_tokens: tokens of a shard, about: it ends with the part of a document
+      that fills it. Each split has as many in memory.
     host: which one this is, from 0.
     hosts: how many share the work.
-    progress: called with the bytes of files done, and those of this host.
+    progress: called with the bytes of files done, and those of this host, once
+      there is a tokenizer.
 
   Raises:
     FileNotFoundError: there is no such corpus or tokenizer.
@@ -125,7 +127,7 @@ def prepare(
   recipe = {
     'corpus': corpus,
     'files': documents.digest(listing),
-    'holdout': holdout,
+    'holdout': float(holdout),  # 0 and 0.0 are one
     'text_field': text_field,
     'shard_tokens': shard_tokens,
   }
@@ -438,15 +440,33 @@ def _finish(
     recipe=recipe,
     left_out=sum(unit.record['left_out'] for unit in units),
   )
+  _delete_leftovers(out, splits)
   shards.write_manifest(out, manifest)
   storage.delete(out, 'progress/')
   return manifest
 
 
+def _delete_leftovers(out: str, splits: dict[str, list[Shard]]):
+  """Deletes what interrupted calls with another corpus or recipe wrote."""
+  kept = {shard.path for entries in splits.values() for shard in entries}
+  found = set()
+  for split in SPLITS:
+    array = re.compile(rf'({split}/\d{{5,}}-\d{{3,}})\.(tokens|ends)\.zarr3/')
+    matches = map(array.match, storage.names(out, f'{split}/'))
+    found |= {match[0] for match in matches if match and match[1] not in kept}
+  for folder in sorted(found):
+    storage.delete(out, folder)
+
+
 def decode_split(dataset: str | Path, split: str) -> bytes:
-  """The text of a split, documents end to end: what byte counts refer to."""
+  """The text of a split, documents end to end: what byte counts refer to.
+
+  Raises:
+    FileNotFoundError: not a finished dataset.
+    ValueError: no such split, or the dataset is damaged.
+  """
   source = shards.open_split(dataset, split)
-  tokenizer = tokenizer_lib.load_tokenizer(f'{dataset}/tokenizer.json')
+  tokenizer = shards.read_tokenizer(dataset)
   ids = source.read(0, source.tokens)
   return tokenizer.decode(
     ids[ids != source.manifest.end_of_text].tolist(),

@@ -28,8 +28,10 @@ from jaxtyping import Integer
 import numpy as np
 import pydantic
 import tensorstore as ts
+import tokenizers
 
 from tritera_jax.data import storage
+from tritera_jax.data import tokenizer as tokenizer_lib
 
 KIND, VERSION = 'tritera-tokens', 1
 _FILE, _CHUNK = 2**24, 2**14  # elements
@@ -111,13 +113,19 @@ def _write_array(root: str | Path, path: str, array: np.ndarray):
     'metadata': {'chunk_grid': grid, 'codecs': [sharding]},
     'store_data_equal_to_fill_value': True,
   }
-  ts.open(
-    spec,
-    create=True,
-    delete_existing=True,
-    dtype=array.dtype.name,
-    shape=array.shape,
-  ).result().write(array).result()
+  try:
+    ts.open(
+      spec,
+      create=True,
+      delete_existing=True,
+      dtype=array.dtype.name,
+      shape=array.shape,
+      context=storage.context(),
+    ).result().write(array).result()
+  except ValueError as error:
+    raise OSError(
+      f'{root}/{path} cannot be written: {storage.reason(error)}'
+    ) from None
 
 
 def write_shard(
@@ -187,6 +195,24 @@ def read_manifest(root: str | Path) -> Manifest:
   return manifest
 
 
+def read_tokenizer(root: str | Path) -> tokenizers.Tokenizer:
+  """The tokenizer that a dataset's tokens are of.
+
+  Raises:
+    FileNotFoundError: not a finished dataset, or its tokenizer is gone.
+    ValueError: it is another one than the manifest's.
+  """
+  manifest = read_manifest(root)
+  tokenizer = tokenizer_lib.load_tokenizer(f'{root}/tokenizer.json')
+  found = tokenizer_lib.fingerprint(tokenizer)
+  if found != manifest.tokenizer:
+    raise ValueError(
+      f'{root}/tokenizer.json is {found}, the manifest says '
+      f'{manifest.tokenizer}; the dataset is damaged: prepare again'
+    )
+  return tokenizer
+
+
 class TokenSource:
   """The tokens of a split, its shards end to end.
 
@@ -202,8 +228,8 @@ class TokenSource:
     self.documents = sum(shard.documents for shard in shards)
     self.bytes = sum(shard.bytes for shard in shards)
     self._starts = np.cumsum([0] + [shard.tokens for shard in shards])
-    self._context = ts.Context(
-      {'cache_pool': {'total_bytes_limit': _CACHE_BYTES}}
+    self._context = storage.context(
+      cache_pool={'total_bytes_limit': _CACHE_BYTES}
     )
     # Opened when first read: a large dataset has thousands, a bucket answers
     # slowly. Threads may open one twice, which is harmless.
@@ -228,7 +254,7 @@ class TokenSource:
         recheck_cached_metadata=False,
       ).result()
     except ValueError as error:
-      raise ValueError(f'{where} cannot be opened: {error}') from None
+      raise storage.unreadable(f'{where} cannot be opened', error) from None
     found = (array.dtype.name, array.shape)
     wanted = (self.manifest.dtype, (shard.tokens,))
     if found != wanted:
@@ -249,6 +275,7 @@ class TokenSource:
       IndexError: the range leaves the split.
       ValueError: a chunk is missing or damaged, or an id is past the
         vocabulary.
+      OSError: it cannot be read.
     """
     if not 0 <= start <= stop <= self.tokens:
       raise IndexError(
@@ -264,9 +291,7 @@ class TokenSource:
     try:
       parts = [part.result() for part in parts]
     except ValueError as error:
-      raise ValueError(
-        f'{self.root}: {error}; the dataset is damaged: prepare again'
-      ) from None
+      raise storage.unreadable(str(self.root), error) from None
     tokens = (
       np.concatenate(parts) if parts else np.zeros(0, self.manifest.dtype)
     )

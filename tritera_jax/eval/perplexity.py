@@ -3,11 +3,16 @@
 
 import dataclasses
 import math
+from pathlib import Path
 
-from tritera_jax.data import loader
+from tritera_jax.checkpoint import save
+from tritera_jax.data import loader, shards
+from tritera_jax.data import tokenizer as tokenizer_lib
 from tritera_jax.data.shards import TokenSource
+from tritera_jax.generate import load
 from tritera_jax.model.decoder import Decoder
 from tritera_jax.train import loss
+from tritera_kernels.matmul import Activations
 
 
 @dataclasses.dataclass(frozen=True)
@@ -31,6 +36,78 @@ class HeldOutLoss:
   @property
   def bits_per_byte(self) -> float:
     return self.nats / math.log(2) / self.bytes
+
+  def __str__(self) -> str:
+    return (
+      f'{self.nats_per_token:.4f} nats/token, '
+      f'{self.bits_per_byte:.4f} bits/byte '
+      f'({self.tokens:,} tokens, {self.bytes:,} bytes)'
+    )
+
+
+def evaluate(
+  path: str | Path,
+  data: str | Path | None = None,
+  *,
+  split: str = 'validation',
+  sequence_length: int | None = None,
+  stride: int | None = None,
+  batch_size: int = 16,
+  activations: Activations | None = None,
+  progress=iter,
+) -> HeldOutLoss:
+  """Loss of a run or a packed model on a split of a dataset.
+
+  Args:
+    path: run folder or packed folder.
+    data: dataset folder or bucket URL; default: the one that the run was
+      trained on.
+    split: of the dataset.
+    sequence_length: tokens a window; default: the model's context.
+    stride: tokens scored a window; default: half a window.
+    batch_size: windows at once.
+    activations: of a packed model: 'float' or 'int8'; default: its record's.
+    progress: wraps the iterable of batches, as tqdm does.
+
+  Raises:
+    FileNotFoundError: no such run, packed model or dataset.
+    ValueError: the tokenizer of the model is not the dataset's, or an argument
+      does not fit the model.
+  """
+  data = default_data(path) if data is None else data
+  source = shards.open_split(data, split)
+  loaded = load.load(path, activations=activations)
+  ours = tokenizer_lib.fingerprint(loaded.tokenizer)
+  theirs = source.manifest.tokenizer
+  if ours != theirs:
+    raise ValueError(
+      f'the tokenizer of {path} is {ours}, that of {data} is {theirs}: the '
+      'ids of one mean nothing to the other; prepare the text again with '
+      f'--tokenizer {path}/tokenizer.json'
+    )
+  return held_out_loss(
+    loaded.model,
+    source,
+    sequence_length=sequence_length or loaded.model.config.context_length,
+    stride=stride,
+    batch_size=batch_size,
+    progress=progress,
+  )
+
+
+def default_data(path: str | Path) -> str:
+  """The dataset that a run was trained on.
+
+  Raises:
+    FileNotFoundError: `path` is not a run folder.
+    ValueError: it is a packed folder, which does not know.
+  """
+  if (Path(path) / 'model.safetensors').exists():
+    raise ValueError(
+      f'{path} is packed and does not say what it was trained on; name a '
+      'dataset with --data'
+    )
+  return save.read_experiment(path).data.path
 
 
 def held_out_loss(
