@@ -123,7 +123,9 @@ def a_tokenizer_that_is_not_the_data_s(place):
     str(Path(sysconfig.get_path('stdlib')) / 'email'), str(other),
     vocab_size=384, holdout=0.3,
   )  # fmt: skip
-  return ['eval', str(place.run), '--data', str(other)], 'tokenizer'
+  return ['eval', str(place.run), '--data', str(other)], (
+    r'the tokenizer of .*/run is .*, that of .*/other is .*: the ids of one'
+  )
 
 
 def a_tokenizer_exchanged_in_the_dataset(place):
@@ -131,7 +133,7 @@ def a_tokenizer_exchanged_in_the_dataset(place):
   text = file.read_text()
   file.unlink()
   file.write_text(text.replace('"<|endoftext|>"', '"<|end|>"'))
-  return place.train, 'tokenizer'
+  return place.train, r'tokenizer\.json is .*, the manifest says .* damaged'
 
 
 def an_unknown_override(place):

@@ -11,7 +11,6 @@ import orbax.checkpoint as ocp
 
 from tritera_jax.checkpoint import restore, save
 from tritera_jax.data import loader, shards
-from tritera_jax.data import tokenizer as tokenizer_lib
 from tritera_jax.experiment import Experiment
 from tritera_jax.parallel import mesh as mesh_lib
 from tritera_jax.train import signals as signals_lib
@@ -44,10 +43,10 @@ def train(experiment: Experiment, *, quiet: bool = False) -> step.TrainState:
   data, run = experiment.data, experiment.run
   folder = Path(run.folder)
   sources = _open_sources(experiment)
+  tokenizer = shards.read_tokenizer(data.path)
   mesh = mesh_lib.make_mesh(experiment.mesh)
   update = step.jitted(experiment, mesh)
   save.write_experiment(experiment, folder)
-  tokenizer = tokenizer_lib.load_tokenizer(f'{data.path}/tokenizer.json')
   tokenizer.save(str(folder / 'tokenizer.json'))
 
   with (

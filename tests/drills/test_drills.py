@@ -1,0 +1,17 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Short runs of the drills, so that they stay fit for the long ones."""
+
+from tests.drills import kill_prepare, kill_training
+
+
+def test_preparing_survives_kills(tmp_path):
+  said = kill_prepare.drill(kills=2, megabytes=3, seed=1, folder=tmp_path)
+  assert said.startswith('2 kills')
+
+
+def test_training_survives_kills_inside_a_save_too(tmp_path, monkeypatch):
+  monkeypatch.setenv('XLA_FLAGS', '')  # one device
+  said = kill_training.drill(
+    kills=2, inside=1, steps=40, seed=1, folder=tmp_path
+  )
+  assert 'digests of leaves and records equal' in said
