@@ -124,14 +124,16 @@ class _Handler(server.BaseHTTPRequestHandler):
           name.startswith(query.get('prefix', ''))
           and query.get('startOffset', '') <= name
           and name < query.get('endOffset', chr(0x10FFFF))
-          and name > query.get('pageToken', '')
+          and name > bytes.fromhex(query.get('pageToken', '')).decode()
         )
       )
       fields: dict = {
         'items': [json.loads(self._google_fields(name)) for name in names]
       }
       if more:
-        fields['nextPageToken'] = names[-1]
+        # Google's too are such that TensorStore need not escape them in a URL,
+        # which it does not.
+        fields['nextPageToken'] = names[-1].encode().hex()
       self._answer(200, json.dumps(fields).encode())
     elif name not in objects:
       self._answer(404, b'no such object')
