@@ -21,7 +21,7 @@ quickstart: .venv/core
 	@$(BIN)/python -m tritera_jax.quickstart
 
 test: .venv/test
-	@$(BIN)/python -m pytest
+	@$(BIN)/python -m pytest -n 2
 
 check: .venv/test
 	$(BIN)/ruff check

@@ -2,6 +2,7 @@
 """Eight host devices, so that sharding is tested everywhere."""
 
 import os
+import tempfile
 
 # Before jax starts; a user's own choice stands.
 os.environ.setdefault('JAX_PLATFORMS', 'cpu')
@@ -10,6 +11,15 @@ if _DEVICES not in os.environ.get('XLA_FLAGS', ''):
   os.environ['XLA_FLAGS'] = (
     f'{os.environ.get("XLA_FLAGS", "")} {_DEVICES}=8'.strip()
   )
+
+# Many tests train the same model: it is compiled once a session, also for the
+# processes that tests start.
+_CACHE = tempfile.TemporaryDirectory(prefix='jax-cache-')
+os.environ |= {
+  'JAX_COMPILATION_CACHE_DIR': _CACHE.name,
+  'JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS': '0.5',
+  'JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES': '-1',
+}
 
 from pathlib import Path
 

@@ -31,6 +31,7 @@ if TYPE_CHECKING:
   from tritera_jax.model.quantized import codes_and_scales
   from tritera_jax.parallel.mesh import MeshConfig
   from tritera_jax.show import describe
+  from tritera_jax.train.loop import restore_run
   from tritera_jax.train.loop import train as train_experiment
   from tritera_kernels.doctor import report as check_kernels
 
@@ -55,6 +56,7 @@ _PLACES = {
   'pack_run': 'tritera_jax.checkpoint.pack:pack',
   'prepare_dataset': 'tritera_jax.data.prepare:prepare',
   'restore_params': 'tritera_jax.checkpoint.restore',
+  'restore_run': 'tritera_jax.train.loop',
   'stream': 'tritera_jax.generate.load',
   'train_experiment': 'tritera_jax.train.loop:train',
 }
@@ -79,6 +81,7 @@ __all__ = [
   'pack_run',
   'prepare_dataset',
   'restore_params',
+  'restore_run',
   'stream',
   'train_experiment',
 ]

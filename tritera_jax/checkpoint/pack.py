@@ -293,7 +293,7 @@ class PackReport:
 
 def pack(
   run: str | Path,
-  format: str,
+  format: str = 'two_bit',
   *,
   step: int | None = None,
   activations: Activations = 'float',
