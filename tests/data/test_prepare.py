@@ -13,7 +13,7 @@ import pytest
 import tensorstore as ts
 import tokenizers
 
-from tritera_jax.data import documents, prepare, shards, tokenizer
+from tritera_jax.data import documents, prepare, shards, tokenizer, units
 
 TEXTS = {
   f'{name}.py': f'# {name}\ndef {name}(x):\n    return x + {i}  # ünïcödé\n'
@@ -132,7 +132,7 @@ def test_the_held_out_files_stay_when_others_come(dataset, corpus, tmp_path):
   assert before
   (corpus / 'later_a.py').write_text('a = 1\n')
   names = [p.relative_to(corpus).as_posix() for p in corpus.rglob('*.py')]
-  held = {n for n in names if prepare._held_out(n, 0.3)}
+  held = {n for n in names if units.held_out(n, 0.3)}
   assert {Path(n).name for n in held} - {'later_a.py'} == {
     name for name, text in TEXTS.items() if text.encode() in before
   }

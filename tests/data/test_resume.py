@@ -8,7 +8,14 @@ import random
 
 import pytest
 
-from tritera_jax.data import documents, prepare, shards, storage, tokenizer
+from tritera_jax.data import (
+  documents,
+  prepare,
+  shards,
+  storage,
+  tokenizer,
+  units,
+)
 
 WORDS = (
   'one two three zwölf if else return 日本 x y z\n ( ) 17 \U0001f600'.split(' ')
@@ -22,8 +29,8 @@ def text(seed: int, words: int) -> str:
 @pytest.fixture
 def corpus(tmp_path, monkeypatch) -> Path:
   """Four units; documents of several parts, and one of several shards."""
-  monkeypatch.setattr(prepare, '_UNIT_BYTES', 2500)
-  monkeypatch.setattr(prepare, '_BATCH_CHARACTERS', 500)
+  monkeypatch.setattr(units, '_UNIT_BYTES', 2500)
+  monkeypatch.setattr(units, '_BATCH_CHARACTERS', 500)
   monkeypatch.setattr(documents, '_PART', 400)
   folder = tmp_path / 'corpus'
   folder.mkdir()
@@ -135,14 +142,14 @@ def test_what_is_committed_is_not_encoded_again(
 ):
   del calm
   encoded = []
-  ids = prepare._Encoder._ids
+  ids = units.Encoder._ids
 
   def counting(self, batch, future):
     for part, tokens in ids(self, batch, future):
       encoded.append(part)
       yield part, tokens
 
-  monkeypatch.setattr(prepare._Encoder, '_ids', counting)
+  monkeypatch.setattr(units.Encoder, '_ids', counting)
   call(corpus, tmp_path / 'whole')
   whole = [part for part in encoded if part.text]
   for number in (9, 17):

@@ -1,37 +1,26 @@
 # SPDX-License-Identifier: Apache-2.0
 """Text to a tokenizer and token shards.
 
-The files of a corpus, in order, make units of work; a unit makes its own
-shards of each split. What a unit has committed is recorded under progress/
-after every shard, so that one that was killed goes on behind its last shard,
-and hosts share the units without talking to each other. The bytes that come
-out depend on the corpus and the arguments alone.
+The bytes that come out depend on the corpus and the arguments alone: not on
+interruptions, and not on how many hosts share the work (see `units`).
 """
 
-import collections
-from collections.abc import Callable, Iterable, Iterator
-from concurrent import futures
+from collections.abc import Callable, Iterator
 import dataclasses
-import functools
-import hashlib
-import json
 import math
 from pathlib import Path
 import re
 import time
 
-import numpy as np
 import tokenizers
 
-from tritera_jax.data import documents, shards, storage
+from tritera_jax.data import documents, shards, storage, units
 from tritera_jax.data import tokenizer as tokenizer_lib
-from tritera_jax.data.documents import File, Part
+from tritera_jax.data.documents import File
 from tritera_jax.data.shards import Shard
+from tritera_jax.data.units import SPLITS, Encoder, Unit
 
-SPLITS = ('train', 'validation')
-_UNIT_BYTES = 2**26  # of files
 _TOKENIZER_BYTES = 2**27  # of text, that a tokenizer is trained on
-_BATCH_CHARACTERS = 2**22  # encoded at once, by all cores
 
 
 @dataclasses.dataclass(frozen=True)
@@ -146,12 +135,12 @@ def prepare(
     given = _trained(out, recipe, listing)
   else:
     storage.write(out, 'tokenizer.json', given.to_str(pretty=True).encode())
-  encoder = _Encoder(given)
-  units = [
-    _Unit(out, number, files, recipe | {'tokenizer': encoder.fingerprint})
-    for number, files in enumerate(_units(listing))
+  encoder = Encoder(given)
+  work = [
+    Unit(out, number, files, recipe | {'tokenizer': encoder.fingerprint})
+    for number, files in enumerate(units.group(listing))
   ]
-  mine = units[host::hosts]
+  mine = work[host::hosts]
   total = sum(unit.size for unit in mine)
   done = 0
   for unit in mine:
@@ -159,7 +148,7 @@ def prepare(
     done += unit.size
   return Summary(
     out,
-    _finish(out, units, encoder, recipe),
+    _finish(out, work, encoder, recipe),
     time.perf_counter() - started,
   )
 
@@ -183,34 +172,11 @@ def _check_recipe(out: str, old: dict, new: dict):
     )
 
 
-def _held_out(document: str, fraction: float) -> bool:
-  """By a hash of the name: adding files moves no other document."""
-  return _hashed(document) < fraction * 2**64
-
-
-def _hashed(name: str) -> int:
-  digest = hashlib.sha256(name.encode('utf-8', 'surrogateescape')).digest()
-  return int.from_bytes(digest[:8], 'big')
-
-
-def _units(listing: list[File]) -> Iterator[list[File]]:
-  """Consecutive files of together about _UNIT_BYTES."""
-  unit, size = [], 0
-  for file in listing:
-    unit.append(file)
-    size += file.size
-    if size >= _UNIT_BYTES:
-      yield unit
-      unit, size = [], 0
-  if unit:
-    yield unit
-
-
 def _trained(
   out: str, recipe: dict, listing: list[File]
 ) -> tokenizers.Tokenizer:
   """The tokenizer of an interrupted call, or one trained now."""
-  key = _key(recipe)
+  key = units.key(recipe)
   if storage.read(out, 'progress/tokenizer') == key:
     return tokenizer_lib.load_tokenizer(f'{out}/tokenizer.json')
   trained = tokenizer_lib.train_tokenizer(
@@ -224,7 +190,7 @@ def _trained(
 def _training_texts(listing: list[File], recipe: dict) -> Iterator[str]:
   """Text of the train split: all, or that of files chosen by a hash."""
   chosen, size = [], 0
-  for file in sorted(listing, key=lambda file: _hashed(file.name)):
+  for file in sorted(listing, key=lambda file: units.hashed(file.name)):
     if size < _TOKENIZER_BYTES:
       chosen.append(file)
       size += file.size
@@ -236,190 +202,24 @@ def _training_texts(listing: list[File], recipe: dict) -> Iterator[str]:
     for part in documents.read(file, recipe['text_field']):
       if share <= 0:
         break
-      if not _held_out(part.document, recipe['holdout']):
+      if not units.held_out(part.document, recipe['holdout']):
         yield part.text
         share -= len(part.text)
         left -= len(part.text)
 
 
-def _key(values: dict) -> bytes:
-  text = json.dumps(values, sort_keys=True)
-  return hashlib.sha256(text.encode()).hexdigest().encode()
-
-
-class _Encoder:
-  """Text to ids, on all cores, while the caller reads on."""
-
-  def __init__(self, tokenizer: tokenizers.Tokenizer):
-    self.fingerprint = tokenizer_lib.fingerprint(tokenizer)
-    self.end_of_text = tokenizer_lib.end_of_text_id(tokenizer)
-    # Not get_vocab_size(): a tokenizer of others may have holes in its ids.
-    self.vocab_size = 1 + max(tokenizer.get_vocab().values())
-    self.dtype = shards.token_dtype(self.vocab_size)
-    # The end-of-text token spelled out in a text is text: it must not end
-    # the document.
-    tokenizer.encode_special_tokens = True
-    self._encode = functools.partial(
-      tokenizer.encode_batch_fast, add_special_tokens=False
-    )
-
-  def encode(self, parts: Iterable[Part]) -> Iterator[tuple[Part, np.ndarray]]:
-    """Each part with its ids, the end of text included."""
-    # A thread: the library lets go of Python's lock, and has its own threads.
-    with futures.ThreadPoolExecutor(1) as pool:
-      waiting = collections.deque()
-      for batch in _batches(parts):
-        texts = [part.text for part in batch]
-        waiting.append((batch, pool.submit(self._encode, texts)))
-        if len(waiting) > 1:
-          yield from self._ids(*waiting.popleft())
-      for batch, future in waiting:
-        yield from self._ids(batch, future)
-
-  def _ids(self, batch, future):
-    for part, encoding in zip(batch, future.result(), strict=True):
-      ids = encoding.ids
-      if part.ends:
-        ids.append(self.end_of_text)
-      yield part, np.array(ids, self.dtype)
-
-
-def _batches(parts: Iterable[Part]) -> Iterator[list[Part]]:
-  batch, size = [], 0
-  for part in parts:
-    batch.append(part)
-    size += 1 + len(part.text)
-    if size >= _BATCH_CHARACTERS:
-      yield batch
-      batch, size = [], 0
-  yield batch
-
-
-class _Unit:
-  """Files and the shards that they become.
-
-  Attributes:
-    size: bytes of the files.
-    record: what is committed: {'key', 'done', 'left_out', 'parts': {split:
-      number of parts in its shards}, 'shards': {split: [Shard, ...]}}.
-  """
-
-  def __init__(self, out: str, number: int, files: list[File], recipe: dict):
-    self.out, self.number, self.files = out, number, files
-    self.size = sum(file.size for file in files)
-    self.recipe = recipe
-    # The unit's own files, so that others may come and go.
-    self.key = _key(
-      {k: v for k, v in recipe.items() if k not in ('corpus', 'files')}
-      | {'files': documents.digest(files)}
-    ).decode()
-    self.read()
-
-  @property
-  def _file(self) -> str:
-    return f'progress/{self.number:05}.json'
-
-  def read(self):
-    """Fetches the record; an empty one if there is none of this work."""
-    text = storage.read(self.out, self._file)
-    self.record = json.loads(text) if text else {}
-    if self.record.get('key') != self.key:
-      self.record = {
-        'key': self.key,
-        'done': False,
-        'left_out': 0,
-        'parts': dict.fromkeys(SPLITS, 0),
-        'shards': {split: [] for split in SPLITS},
-      }
-
-  def run(self, encoder: _Encoder, progress: Callable[[int], None]):
-    """Does what is not done yet."""
-    if self.record['done']:
-      return
-    skip = dict(self.record['parts'])
-    waiting = {split: _Waiting() for split in SPLITS}
-    self.record['left_out'] = 0
-    for part, ids in encoder.encode(self._unwritten(skip, progress)):
-      if not part.text:
-        self.record['left_out'] += 1
-        continue
-      split = self._split(part)
-      waiting[split].add(part, ids)
-      if waiting[split].tokens >= self.recipe['shard_tokens']:
-        self._commit(split, waiting[split])
-        waiting[split] = _Waiting()
-    for split in SPLITS:
-      self._commit(split, waiting[split])
-    self.record['done'] = True
-    self._write()
-
-  def _split(self, part: Part) -> str:
-    return SPLITS[_held_out(part.document, self.recipe['holdout'])]
-
-  def _unwritten(self, skip: dict[str, int], progress: Callable[[int], None]):
-    """The parts behind the last shards of an interrupted call."""
-    before = 0
-    for file in self.files:
-      for part in documents.read(file, self.recipe['text_field']):
-        progress(before + part.offset)
-        split = self._split(part)
-        if part.text and skip[split]:
-          skip[split] -= 1
-        else:
-          yield part
-      before += file.size
-      progress(before)
-
-  def _commit(self, split: str, waiting: '_Waiting'):
-    """First the shard, then the record that it is there."""
-    written = self.record['shards'][split]
-    if waiting.tokens:
-      path = f'{split}/{self.number:05}-{len(written):03}'
-      written.append(dataclasses.asdict(waiting.write(self.out, path)))
-      self.record['parts'][split] += waiting.parts
-      self._write()
-
-  def _write(self):
-    storage.write(self.out, self._file, json.dumps(self.record).encode())
-
-
-class _Waiting:
-  """Encoded parts that have no shard yet."""
-
-  def __init__(self):
-    self.parts = self.tokens = self.bytes = 0
-    self._ids, self._ends = [], []
-
-  def add(self, part: Part, ids: np.ndarray):
-    self._ids.append(ids)
-    self.parts += 1
-    self.tokens += ids.size
-    self.bytes += len(part.text.encode())
-    if part.ends:
-      self._ends.append(self.tokens)
-
-  def write(self, out: str, path: str) -> Shard:
-    return shards.write_shard(
-      out,
-      path,
-      np.concatenate(self._ids),
-      np.array(self._ends, np.uint64),
-      self.bytes,
-    )
-
-
 def _finish(
-  out: str, units: list[_Unit], encoder: _Encoder, recipe: dict
+  out: str, work: list[Unit], encoder: Encoder, recipe: dict
 ) -> shards.Manifest | None:
   """Writes the manifest if every unit of every host is done."""
-  for unit in units:
+  for unit in work:
     unit.read()
-  if not all(unit.record['done'] for unit in units):
+  if not all(unit.record['done'] for unit in work):
     # Or another host has just finished, and tidied up.
     there = storage.read(out, 'manifest.json') is not None
     return shards.read_manifest(out) if there else None
   splits = {
-    split: [Shard(**s) for unit in units for s in unit.record['shards'][split]]
+    split: [Shard(**s) for unit in work for s in unit.record['shards'][split]]
     for split in SPLITS
     if recipe['holdout'] or split == 'train'
   }
@@ -427,7 +227,7 @@ def _finish(
     if not entries:
       raise ValueError(
         f'corpus {recipe["corpus"]}: no text in the {split} split of '
-        f'{sum(len(unit.files) for unit in units)} files; change '
+        f'{sum(len(unit.files) for unit in work)} files; change '
         f'holdout={recipe["holdout"]} (0 for no validation split), or give '
         'more documents'
       )
@@ -438,7 +238,7 @@ def _finish(
     dtype=encoder.dtype,
     splits=splits,
     recipe=recipe,
-    left_out=sum(unit.record['left_out'] for unit in units),
+    left_out=sum(unit.record['left_out'] for unit in work),
   )
   _delete_leftovers(out, splits)
   shards.write_manifest(out, manifest)
