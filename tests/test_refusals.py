@@ -229,7 +229,8 @@ def contents(folder: Path) -> dict[str, str]:
   return {
     str(file.relative_to(folder)): hashlib.sha256(file.read_bytes()).hexdigest()
     for file in folder.rglob('*')
-    if file.is_file() and 'new' not in file.relative_to(folder).parts
+    if file.is_file()
+    and not {'new', '__pycache__'} & set(file.relative_to(folder).parts)
   }
 
 

@@ -130,7 +130,9 @@ def test_a_long_text_comes_in_parts_cut_at_ends_of_lines(tmp_path, name):
 
 
 def test_hidden_files_and_links_to_folders_are_left_out(tmp_path):
-  for name in ('.git/config', 'b/a.txt', 'a.txt', '.hidden'):
+  for name in (
+    '.git/config', 'b/a.txt', 'a.txt', '.hidden', '__pycache__/a.pyc',
+  ):  # fmt: skip
     (tmp_path / name).parent.mkdir(exist_ok=True)
     (tmp_path / name).write_text('x')
   (tmp_path / 'b' / 'loop').symlink_to(tmp_path)

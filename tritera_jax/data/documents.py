@@ -54,7 +54,7 @@ class Part(NamedTuple):
 
 
 def files(corpus: str) -> list[File]:
-  """The files of a corpus, sorted by name; hidden ones are left out.
+  """The files of a corpus, sorted by name, without hidden and compiled ones.
 
   Args:
     corpus: a file, a folder, or 'stdlib': the source text of the Python
@@ -86,7 +86,8 @@ def files(corpus: str) -> list[File]:
 def _below(root: Path, pattern: str) -> Iterator[Path]:
   for file in root.rglob(pattern):
     name = file.relative_to(root)
-    if file.is_file() and not any(p.startswith('.') for p in name.parts):
+    hidden = any(p.startswith('.') or p == '__pycache__' for p in name.parts)
+    if file.is_file() and not hidden:
       yield name
 
 
