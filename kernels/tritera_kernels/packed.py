@@ -135,13 +135,6 @@ def unpack(
   return unpack_codes(packed), packed.scale
 
 
-def dequantize(packed: PackedTernary) -> Float32[Array, 'N K']:
-  """scale * codes; traceable."""
-  axis = 0 if packed.scale_axis == 'out' else 1
-  scale = jnp.repeat(packed.scale, packed.shape[axis] // packed.blocks)
-  return unpack_codes(packed) * jnp.expand_dims(scale, 1 - axis)
-
-
 def check_layout(packed: PackedTernary):
   """Tests the invariants that need no values: cheap, and fit for tracing.
 

@@ -139,6 +139,21 @@ def test_another_ternary_setting_is_another_experiment(run):
     save.write_experiment(other, run)
 
 
+def test_datasets_may_move_but_their_weights_are_the_experiment(run):
+  experiment = save.read_experiment(run)
+
+  def mixed(*mixture):
+    data = dataclasses.replace(experiment.data, mixture=mixture)
+    return dataclasses.replace(experiment, data=data)
+
+  edit(run, data=dataclasses.asdict(mixed(('a', 0.5), ('b', 1.0)).data))
+  save.write_experiment(mixed(('moved/a', 0.5), ('moved/b', 1.0)), run)
+  with pytest.raises(
+    ValueError, match=r'data.mixture: \[0.5, 1.0\] there, \[0.5, 2.0\] here'
+  ):
+    save.write_experiment(mixed(('a', 0.5), ('b', 2.0)), run)
+
+
 def test_what_is_not_there_is_said(tmp_path, tiny_run):
   with pytest.raises(FileNotFoundError, match='is not a run folder'):
     restore.restore_params(tmp_path)

@@ -80,16 +80,10 @@ def test_what_cannot_be_packed_is_refused(codes, scale, error, message):
     packed.pack.__wrapped__(codes, scale, format='two_bit', scale_axis='out')
 
 
-@pytest.mark.parametrize('axis', ['in', 'out'])
-def test_dequantized_is_the_scale_of_its_block_times_the_code(axis):
-  m = matrix('base_three', scale_axis=axis)
-  codes, scale = (np.asarray(a) for a in packed.unpack(m))
-  got = packed.dequantize(m)
-  for n, k in np.ndindex(4, 10):
-    block = n // 2 if axis == 'out' else k // 5
-    assert got[n, k] == codes[n, k] * scale[block]
+def test_scales_count_among_the_stored_bytes():
   # Four rows of two bytes, and two float32 scales, on either axis.
-  assert m.nbytes == 4 * 2 + 2 * 4
+  for axis in ('in', 'out'):
+    assert matrix('base_three', scale_axis=axis).nbytes == 4 * 2 + 2 * 4
 
 
 def test_it_is_carried_by_transformations():

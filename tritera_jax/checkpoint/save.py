@@ -4,8 +4,8 @@
 A run folder holds `experiment.json`, written before anything else, and
 `checkpoints/<step>/{model,params,rest}`: the ModelConfig as JSON, which says
 what the arrays mean; the parameters, an item of their own so that they can be
-restored alone; and what else training needs to go on. Only this module,
-`restore` and the loop that holds the manager name Orbax.
+restored alone; and what else training needs to go on. Only this module and
+`restore` name Orbax.
 """
 
 import dataclasses
@@ -25,6 +25,9 @@ from tritera_jax.experiment import Experiment
 from tritera_jax.model.config import ModelConfig
 
 _PACKAGES = ('jax', 'jaxlib', 'flax', 'optax', 'orbax-checkpoint', 'numpy')
+
+
+Manager = ocp.CheckpointManager
 
 
 def manager(
@@ -165,7 +168,11 @@ def _check_same(old: Experiment, new: Experiment, folder: Path):
 
 
 def _fields(experiment: Experiment) -> dict:
-  return json.loads(experiment_lib.to_json(experiment))
+  fields = json.loads(experiment_lib.to_json(experiment))
+  # Of a mixture the weights: its datasets may have moved, as data.path may.
+  mixture = fields['data'].get('mixture', [])
+  fields['data']['mixture'] = [weight for _, weight in mixture]
+  return fields
 
 
 def differences(there: dict, here: dict, prefix: str = '') -> list[str]:

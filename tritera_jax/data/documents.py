@@ -8,6 +8,7 @@ document a line, .parquet a document a row, any other file is one document.
 from collections.abc import Iterator
 import functools
 import hashlib
+import importlib
 import json
 from pathlib import Path
 import sysconfig
@@ -246,7 +247,7 @@ def _zstandard():
 
 def _extra(module: str, ending: str):
   try:
-    return __import__(module, fromlist=['_'])
+    return importlib.import_module(module)
   except ModuleNotFoundError as error:
     raise ModuleNotFoundError(
       f'reading {ending} files needs {error.name}: pip install '

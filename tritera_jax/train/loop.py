@@ -2,12 +2,10 @@
 """The training loop."""
 
 from collections.abc import Sequence
-import os
 from pathlib import Path
 import signal
 
 import jax
-import orbax.checkpoint as ocp
 
 from tritera_jax.checkpoint import restore, save
 from tritera_jax.data import loader, shards
@@ -73,13 +71,15 @@ def train(experiment: Experiment, *, quiet: bool = False) -> step.TrainState:
         # One step behind, so that the devices have work while we look.
         _check(experiment, before, n, checkpoints, state)
         before = measured
-        if observer.wants(n + 1) or _saves(experiment, n + 1) or signals.stop:
+        if observer.wants(n + 1):
           _check(experiment, measured, n + 1, checkpoints, state)
         observer.after_update(n + 1, state, measured)
-        if _saves(experiment, n + 1) or signals.stop:
+        stop = signals.stop  # once: it may come at any line
+        if stop or _saves(experiment, n + 1):
+          _check(experiment, measured, n + 1, checkpoints, state)
           _save(checkpoints, experiment, state)
-        if signals.stop:
-          _stop(checkpoints, signals.stop, n + 1, folder)
+        if stop:
+          _stop(checkpoints, stop, n + 1, folder)
     save.wait(checkpoints)
   return state
 
@@ -161,7 +161,7 @@ def _restore_or_init(experiment, mesh, checkpoints) -> step.TrainState:
 
 
 def _save(
-  checkpoints: ocp.CheckpointManager,
+  checkpoints: save.Manager,
   experiment: Experiment,
   state: step.TrainState,
 ):
@@ -175,7 +175,7 @@ def _check(
   experiment: Experiment,
   measured: dict | None,
   n: int,
-  checkpoints: ocp.CheckpointManager,
+  checkpoints: save.Manager,
   state: step.TrainState,
 ):
   """Saves the state and raises, if update n was not made."""
@@ -191,12 +191,10 @@ def _check(
   )
 
 
-def _stop(
-  checkpoints: ocp.CheckpointManager, number: int, done: int, folder: Path
-):
+def _stop(checkpoints: save.Manager, number: int, done: int, folder: Path):
   save.wait(checkpoints)
   raise Stopped(
     number,
     f'stopped by {signal.Signals(number).name} after step {done}, which is '
-    f'saved in {os.fspath(folder)}; the same command goes on',
+    f'saved in {folder}; the same command goes on',
   )

@@ -41,7 +41,7 @@ class Observer(contextlib.ExitStack):
       start,
       tensorboard=run.tensorboard,
       wandb=run.wandb,
-      experiment=lambda: dataclasses.asdict(experiment),
+      experiment=dataclasses.asdict(experiment),
     )
     for tracker in self.trackers:
       self.callback(tracker.close)

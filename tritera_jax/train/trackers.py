@@ -1,7 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 """Where else metrics go: TensorBoard, Weights & Biases."""
 
-from collections.abc import Callable
 import hashlib
 import importlib
 import os
@@ -85,12 +84,12 @@ def flat(record: dict, prefix: str = '') -> dict[str, float]:
 
 def open_trackers(
   folder: Path, from_step: int, *, tensorboard: bool, wandb: str,
-  experiment: Callable[[], dict],
+  experiment: dict,
 ) -> list[Tracker]:  # fmt: skip
-  """Those that are asked for; `experiment` gives its fields for display."""
+  """Those that are asked for; with the experiment's fields for display."""
   trackers: list[Tracker] = []
   if tensorboard:
     trackers.append(TensorBoard(folder, from_step))
   if wandb:
-    trackers.append(WandB(folder, wandb, experiment()))
+    trackers.append(WandB(folder, wandb, experiment))
   return trackers
