@@ -84,7 +84,7 @@ def random_packed_model(
     else:
       array[:] = 1
   return packed_file.assemble(
-    config, format, 'int8', arena.on_device(tensors), ''
+    config, format, 'int8', arena.on_device(tensors), proof=''
   )
 
 

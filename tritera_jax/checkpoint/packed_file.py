@@ -26,6 +26,7 @@ and no `bytes_digest`: there the fingerprint is proved at reading.
 
 from collections.abc import Mapping
 import dataclasses
+import functools
 import hashlib
 import json
 from pathlib import Path
@@ -161,11 +162,17 @@ def _read_file(file: Path) -> PackedModel:
         f'{file}: tensor {name}: shape {_shown(there, name, "missing")} there, '
         f'{_shown(wanted, name, "none")} by its metadata'
       )
+  proof = metadata.get('fingerprint', '')
+  assembled = functools.partial(
+    assemble,
+    stated.config,
+    stated.format,
+    stated.activations,
+    proof=proof,
+  )
   tensors = _fill(file, wanted)
-  # Checked where they lie, before JAX has them.
-  model = assemble(stated.config, stated.format, stated.activations, tensors,
-                   metadata.get('fingerprint', ''))  # fmt: skip
-  for name, value in {**model.matrices, **model.rest}.items():
+  host = assembled(tensors)
+  for name, value in {**host.matrices, **host.rest}.items():
     try:
       if isinstance(value, PackedTernary):
         packed.check(value)
@@ -173,22 +180,17 @@ def _read_file(file: Path) -> PackedModel:
         byte_matrix.check(value)
     except ValueError as error:
       raise ValueError(f'{file}: {name}: {error}') from None
+  model = assembled(arena_lib.on_device(tensors))
   if stated.version == '1':
     made, field = packed_fingerprint(model.matrices), 'fingerprint'
   else:
-    made, field = _bytes_digest(model.fingerprint, tensors), 'bytes_digest'
+    made, field = _bytes_digest(proof, tensors), 'bytes_digest'
   if made != metadata.get(field):
     raise ValueError(
       f'{file}: its tensors have {field} {made}, its metadata says '
       f'{metadata.get(field)}; the file is damaged: pack again'
     )
-  return assemble(
-    stated.config,
-    stated.format,
-    stated.activations,
-    arena_lib.on_device(tensors),
-    model.fingerprint,
-  )
+  return model
 
 
 def _shown(tensors: dict[str, tuple], name: str, otherwise: str) -> str:
@@ -229,6 +231,7 @@ def assemble(
   format: str,
   activations: Activations,
   tensors: Mapping[str, Any],
+  *,
   proof: str,
 ) -> PackedModel:
   """The model made of all that `tensor_shapes` lists."""
