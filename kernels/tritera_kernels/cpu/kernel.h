@@ -31,7 +31,9 @@ struct Planes {
   size_t plane;   // bytes rounded up to a multiple of 64
 
   size_t segment() const { return planes * plane; }  // values of a segment
-  size_t token() const { return segments * segment(); }
+  // From token to token: a line more, or tokens of 2^n inputs would fall into
+  // the same sets of a cache.
+  size_t token() const { return segments * segment() + 64; }
 };
 
 // Rows of one packed segment. Bytes past `bytes` must not be read.
@@ -53,7 +55,7 @@ struct Tokens {
 
 // A kernel may use `scratch`: 64-byte aligned, of at least this many bytes.
 inline size_t scratch_bytes(const Planes& planes, int rows) {
-  return (rows + 63) / 64 * 64 * planes.segment() + 4096;
+  return (rows + 63) / 64 * 64 * (planes.segment() + 64) + 4096;
 }
 
 struct Ops;  // ops.h
