@@ -1,0 +1,91 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The C++ kernels: a shared library that XLA calls through its FFI."""
+
+import ctypes
+import functools
+import os
+from pathlib import Path
+import re
+
+import jax
+
+# A file of ours, or the one of an installation beside it.
+PATH = Path(__file__).with_name('libtritera.so')
+INSTRUCTION_SETS = ('amx', 'avx512', 'avx2', 'neon', 'portable')
+TARGETS = ('tritera_matmul',)
+
+
+class Missing(RuntimeError):
+  """The library cannot serve; the message says why, and what to do."""
+
+
+@functools.cache
+def load() -> ctypes.CDLL:
+  """The library, its handlers registered with XLA.
+
+  Raises:
+    Missing: it was not built, was built for another XLA, or TRITERA_CPU names
+      an instruction set that this machine lacks.
+  """
+  if not PATH.exists():
+    raise Missing(
+      f'{PATH.name} was not built; install a C++17 compiler (g++ or clang++) '
+      'and install tritera_jax again'
+    )
+  library = ctypes.CDLL(str(PATH))
+  library.tritera_kernel.restype = ctypes.c_char_p
+  library.tritera_select.argtypes = [ctypes.c_char_p]
+  library.tritera_select.restype = ctypes.c_bool
+  # XLA refuses a newer library by losing its whole CPU backend: ask first.
+  built = (library.tritera_ffi_api_major(), library.tritera_ffi_api_minor())
+  here = _ffi_version()
+  if built[0] != here[0] or built[1] > here[1]:
+    raise Missing(
+      f'{PATH.name} was built for XLA FFI {built[0]}.{built[1]}, this jaxlib '
+      f'has {here[0]}.{here[1]}; install tritera_jax again'
+    )
+  wanted = os.environ.get('TRITERA_CPU')
+  if wanted and not library.tritera_select(wanted.encode()):
+    raise Missing(
+      f'TRITERA_CPU={wanted!r} is not one of {", ".join(INSTRUCTION_SETS)} '
+      'that this machine can run'
+    )
+  for target in TARGETS:
+    jax.ffi.register_ffi_target(
+      target, jax.ffi.pycapsule(getattr(library, target)), platform='cpu'
+    )
+  return library
+
+
+def why_missing() -> str | None:
+  """Why the library cannot serve; None if it can."""
+  try:
+    load()
+  except Missing as error:
+    return str(error)
+  return None
+
+
+def instruction_set() -> str:
+  """That the kernels use now."""
+  return load().tritera_kernel().decode()
+
+
+def select(name: str):
+  """Uses another instruction set from now on, for tests and comparisons.
+
+  Raises:
+    ValueError: this machine cannot run it.
+  """
+  if not load().tritera_select(name.encode()):
+    raise ValueError(f'this machine cannot run {name!r}')
+
+
+def _ffi_version() -> tuple[int, int]:
+  header = Path(jax.ffi.include_dir()) / 'xla' / 'ffi' / 'api' / 'c_api.h'
+  text = header.read_text()
+  major, minor = (
+    int(re.search(rf'#define XLA_FFI_API_{part} (\d+)', text)[1])  # pyright: ignore[reportOptionalSubscript]
+    for part in ('MAJOR', 'MINOR')
+  )
+  return major, minor
