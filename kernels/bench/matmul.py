@@ -98,7 +98,9 @@ def candidates(N: int, K: int, x, rng, smoke: bool):
     for implementation in api.IMPLEMENTATIONS:
       for activations in ('float', 'int8'):
         name = f'{implementation.name} {format} {activations}'
-        reason = implementation.reason(x, first, activations, target)
+        reason = implementation.reason(
+          target, (x, first), {'activations': activations}
+        )
         if reason is not None:
           print(json.dumps({'name': name, 'refused': reason}))
           continue

@@ -47,7 +47,9 @@ def _examine(implementation, format, activations) -> tuple[str, str]:
   x, _, _ = testing.problem(testing.Case(3, 7, 2))
   tokens = jnp.asarray(x)
   platform = {'gpu': 'cuda'}.get(jax.default_backend(), jax.default_backend())
-  refusal = implementation.reason(tokens, packed, activations, platform)
+  refusal = implementation.reason(
+    platform, (tokens, packed), {'activations': activations}
+  )
   if refusal is not None:
     return 'refused', refusal
   try:

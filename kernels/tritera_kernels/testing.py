@@ -12,8 +12,9 @@ import jax.numpy as jnp
 import numpy as np
 
 from tritera_kernels import packed as packed_lib
+from tritera_kernels.dispatch import Implementation
 from tritera_kernels.matmul import api
-from tritera_kernels.matmul.implementation import Activations, Implementation
+from tritera_kernels.matmul.reference import Activations
 from tritera_kernels.packed import PackedTernary, ScaleAxis
 
 

@@ -7,8 +7,8 @@ import numpy as np
 import pytest
 
 from tritera_kernels import doctor, packed, testing
+from tritera_kernels.dispatch import Implementation
 from tritera_kernels.matmul import api, reference
-from tritera_kernels.matmul.implementation import Implementation
 
 FORMATS = ['two_bit', 'base_three']
 

@@ -2,12 +2,6 @@
 """Multiplication by packed ternary matrices."""
 
 from tritera_kernels.matmul.api import IMPLEMENTATIONS, plan, ternary_matmul
-from tritera_kernels.matmul.implementation import Activations, Implementation
+from tritera_kernels.matmul.reference import Activations
 
-__all__ = [
-  'IMPLEMENTATIONS',
-  'Activations',
-  'Implementation',
-  'plan',
-  'ternary_matmul',
-]
+__all__ = ['IMPLEMENTATIONS', 'Activations', 'plan', 'ternary_matmul']

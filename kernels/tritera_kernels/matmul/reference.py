@@ -5,14 +5,17 @@ Shapes: M tokens, K inputs, N outputs; S segments of K, each with its scale.
 """
 
 import functools
+from typing import Literal
 
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Float32, Int8
 
 from tritera_kernels import packed as packed_lib
-from tritera_kernels.matmul.implementation import Implementation
+from tritera_kernels.dispatch import Implementation
 from tritera_kernels.packed import PackedTernary
+
+Activations = Literal['float', 'int8']
 
 # Below this a token counts as all zero: 127 / absmax would leave float32.
 SMALLEST_ABSMAX = 1e-30
