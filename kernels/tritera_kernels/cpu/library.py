@@ -9,10 +9,17 @@ import re
 
 import jax
 
-# A file of ours, or the one of an installation beside it.
 PATH = Path(__file__).with_name('libtritera.so')
 INSTRUCTION_SETS = ('amx', 'avx512', 'avx2', 'neon', 'portable')
-TARGETS = ('tritera_matmul',)
+FORMATS = {'two_bit': 0, 'base_three': 1, 'byte': 2}  # enum Format, kernel.h
+TARGETS = (
+  'tritera_matmul',
+  'tritera_norm_matmul',
+  'tritera_matmul_add',
+  'tritera_swiglu_matmul_add',
+  'tritera_attention',
+  'tritera_decoder_layers',
+)
 
 
 class Missing(RuntimeError):

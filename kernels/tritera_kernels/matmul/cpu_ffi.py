@@ -5,38 +5,36 @@ Under `jax.vmap` a batch of x, or of matrices, stays one call. Under sharding
 XLA gathers what a custom call reads: use `jax.shard_map`, a shard a call.
 """
 
-import functools
-
 import jax
 import jax.numpy as jnp
 import numpy as np
 
 from tritera_kernels.cpu import library
+from tritera_kernels.dispatch import Implementation
 from tritera_kernels.matmul import reference
-from tritera_kernels.matmul.implementation import Implementation
 from tritera_kernels.packed import PackedTernary
 
-# As enum Format of cpu/kernel.h.
-FORMATS = {'two_bit': 0, 'base_three': 1, 'byte': 2}
-MOST_INPUTS = 2**22
+MOST_INPUTS = 2**22  # int32 sums of int8 products hold more, with digits to 2
 
 
-def _refuses(x, packed: PackedTernary, activations: str) -> str | None:
-  if packed.shape[1] > MOST_INPUTS:
-    return f'K={packed.shape[1]} exceeds {MOST_INPUTS}'
+def refuses(*operands, **statics) -> str | None:
+  """Why the C++ kernels cannot serve a call with these operands."""
+  del statics
+  is_packed = lambda node: isinstance(node, PackedTernary)
+  for node in jax.tree.leaves(operands, is_leaf=is_packed):
+    if is_packed(node) and node.shape[1] > MOST_INPUTS:
+      return f'K={node.shape[1]} exceeds {MOST_INPUTS}'
   return library.why_missing()
 
 
 def run(
-  x_MK: jax.Array, packed: PackedTernary, activations: str
+  x_MK: jax.Array, packed: PackedTernary, *, activations: str
 ) -> jax.Array:
   """See `reference.run`: equal to it for int8, within 4 eps for float."""
-  if activations == 'int8':
-    return _call(x_MK, packed, 'int8')
-  return _float(x_MK, packed)
+  return _float(x_MK, packed) if activations == 'float' else _int8(x_MK, packed)
 
 
-def _call(x_MK, packed: PackedTernary, activations: str):
+def _call(x_MK: jax.Array, packed: PackedTernary, int8: bool) -> jax.Array:
   library.load()
   y_MN = jax.ffi.ffi_call(
     'tritera_matmul',
@@ -46,30 +44,41 @@ def _call(x_MK, packed: PackedTernary, activations: str):
     x_MK.astype(jnp.float32),
     packed.data,
     packed.scale,
-    format=np.int64(FORMATS[packed.format]),
-    along_inputs=packed.scale_axis == 'in',
-    int8=activations == 'int8',
+    format=np.int64(library.FORMATS[packed.format]),
+    along_inputs=packed.segments > 1,
+    int8=int8,
   )
   return y_MN.astype(x_MK.dtype)
 
 
+def _int8(x_MK: jax.Array, packed: PackedTernary) -> jax.Array:
+  # Rounding has no derivative; a custom call has none that JAX knows of.
+  return _call(jax.lax.stop_gradient(x_MK), packed, int8=True)
+
+
 @jax.custom_vjp
-def _float(x_MK, packed: PackedTernary):
-  return _call(x_MK, packed, 'float')
+def _float(x_MK: jax.Array, packed: PackedTernary) -> jax.Array:
+  return _call(x_MK, packed, int8=False)
+
+
+def _forward(x_MK, packed):
+  return _float(x_MK, packed), (x_MK, packed)
 
 
 def _backward(residuals, dy_MN):
   x_MK, packed = residuals
-  _, pull = jax.vjp(lambda x: reference.run(x, packed, 'float'), x_MK)
-  return (*pull(dy_MN), None)
+  _, pull = jax.vjp(
+    lambda x_MK: reference.run(x_MK, packed, activations='float'), x_MK
+  )
+  return *pull(dy_MN), None
 
 
-_float.defvjp(lambda x, packed: (_call(x, packed, 'float'), (x, packed)), _backward)
+_float.defvjp(_forward, _backward)
 
 CPU_FFI = Implementation(
   'cpu_ffi',
   run,
   platforms=('cpu',),
   formats=('two_bit', 'base_three'),
-  refuses=_refuses,
+  refuses=refuses,
 )
