@@ -218,6 +218,7 @@ void dot_one(const Rows& rows, const Tokens<int8_t>& tokens, int32_t* sums) {
       const size_t end = p + block < whole ? p + block : whole;
       for (; p + 2 * kStep <= end; p += 2 * kStep) {
         for (int r = 0; r < kRows; ++r) prefetch(at.row[r] + p);
+#pragma GCC unroll 1
         for (size_t half = p; half < p + 2 * kStep; half += kStep) {
           const Inputs<format> in(tokens.x + half, tokens.plane);
           for (int r = 0; r < kRows; ++r)
@@ -384,6 +385,19 @@ inline void transpose(const __m256i v[kLanes], __m256i* out) {
   }
 }
 
+// `count` tokens as [group][plane][token][4]: planes and tokens may be powers
+// of two apart, of which a cache holds few.
+template <int planes, int count>
+void gather(const Tokens<float>& tokens, int first, size_t groups, float* out) {
+  const float* x = tokens.x + first * tokens.token;
+  for (size_t g = 0; g < groups; ++g, x += 4) {
+    for (int j = 0; j < planes; ++j) {
+      for (int t = 0; t < count; ++t, out += 4)
+        _mm_store_ps(out, _mm_load_ps(x + t * tokens.token + j * tokens.plane));
+    }
+  }
+}
+
 // Eight rows, four bytes of each at a time, and `count` tokens.
 //
 // A product is exact. Four are added in a chain and the chains of the planes
@@ -391,7 +405,7 @@ inline void transpose(const __m256i v[kLanes], __m256i* out) {
 // doubles, and 1 rounding at the end: 7 / 2 eps of sum |code * x|.
 template <Format format, int count>
 void float_tile(const __m256i* packed, size_t groups, const float* x,
-                size_t plane, size_t token, float* sums) {
+                float* sums) {
   constexpr int kPlanes = kDigitsPerByte[format];
   const __m256 codes = _mm256_setr_ps(-1, 0, 1, 0, -1, 0, 1, 0);
   __m256d low[count], high[count];
@@ -400,6 +414,7 @@ void float_tile(const __m256i* packed, size_t groups, const float* x,
     __m256i digits[kPlanes];
     if (format == kBaseThree) unpack<format>(packed[g], digits);
     __m256 sum[count] = {}, even[count] = {};
+#pragma GCC unroll 5
     for (int j = 0; j < kPlanes; ++j) {
       __m256 chain[count];
       for (int i = 0; i < 4; ++i) {
@@ -409,12 +424,12 @@ void float_tile(const __m256i* packed, size_t groups, const float* x,
                               : _mm256_srli_epi32(digits[j], 8 * i);
         const __m256 code = _mm256_permutevar_ps(codes, digit);
         for (int t = 0; t < count; ++t) {
-          const __m256 in =
-              _mm256_broadcast_ss(x + t * token + j * plane + 4 * g + i);
+          const __m256 in = _mm256_broadcast_ss(x + 4 * t + i);
           chain[t] = i == 0 ? _mm256_mul_ps(code, in)
                             : _mm256_fmadd_ps(code, in, chain[t]);
         }
       }
+      x += 4 * count;
       for (int t = 0; t < count; ++t) {
         if (j == 0) {
           sum[t] = chain[t];
@@ -439,12 +454,14 @@ void float_tile(const __m256i* packed, size_t groups, const float* x,
   }
 }
 
-template <Format format>
-void dot_float(const Rows& rows, const Tokens<float>& tokens, float* sums,
-               uint8_t* scratch) {
-  constexpr int kTokens = 4;
-  __m256i* packed = reinterpret_cast<__m256i*>(scratch);
+template <Format format, int count>
+void float_tokens(const Rows& rows, const Tokens<float>& tokens, int t,
+                  float* sums, uint8_t* scratch) {
+  constexpr int kPlanes = kDigitsPerByte[format];
   const size_t groups = (rows.bytes + 3) / 4;
+  __m256i* packed = reinterpret_cast<__m256i*>(scratch);
+  float* x = reinterpret_cast<float*>(packed + (groups + 7) / 8 * 8);
+  gather<kPlanes, count>(tokens, t, groups, x);
   for (int first = 0; first < rows.count; first += kLanes) {
     const Pointers<kLanes> at(rows, first);
     for (size_t p = 0; p < rows.bytes; p += kStep) {
@@ -457,19 +474,25 @@ void dot_float(const Rows& rows, const Tokens<float>& tokens, float* sums,
       }
       transpose(v, packed + p / 4);
     }
-    const int count = rows.count - first < kLanes ? rows.count - first : kLanes;
-    for (int t = 0; t < tokens.count;) {
-      alignas(32) float each[kTokens * kLanes];
-      const bool many = t + kTokens <= tokens.count;
-      (many ? float_tile<format, kTokens> : float_tile<format, 1>)(
-          packed, groups, tokens.x + t * tokens.token, tokens.plane,
-          tokens.token, each);
-      for (int i = 0; i < (many ? kTokens : 1); ++i, ++t) {
-        memcpy(sums + static_cast<size_t>(t) * rows.count + first,
-               each + i * kLanes, count * sizeof(float));
-      }
+    alignas(32) float each[count * kLanes];
+    float_tile<format, count>(packed, groups, x, each);
+    const int some = rows.count - first < kLanes ? rows.count - first : kLanes;
+    for (int i = 0; i < count; ++i) {
+      memcpy(sums + static_cast<size_t>(t + i) * rows.count + first,
+             each + i * kLanes, some * sizeof(float));
     }
   }
+}
+
+template <Format format>
+void dot_float(const Rows& rows, const Tokens<float>& tokens, float* sums,
+               uint8_t* scratch) {
+  constexpr int kTokens = 4;
+  int t = 0;
+  for (; t + kTokens <= tokens.count; t += kTokens)
+    float_tokens<format, kTokens>(rows, tokens, t, sums, scratch);
+  for (; t < tokens.count; ++t)
+    float_tokens<format, 1>(rows, tokens, t, sums, scratch);
 }
 
 }  // namespace
