@@ -9,6 +9,10 @@
 #include <sys/mman.h>
 #include <time.h>
 #include <unistd.h>
+#if defined(__aarch64__)
+#include <asm/hwcap.h>
+#include <sys/auxv.h>
+#endif
 
 #include <algorithm>
 #include <cmath>
@@ -415,8 +419,8 @@ std::vector<Tested> kernels() {
     if (amx_allowed()) add(amx_kernel());
   }
 #elif defined(__aarch64__)
-  add(neon_kernel());
-  add(neon_i8mm_kernel());
+  if (getauxval(AT_HWCAP) & HWCAP_ASIMDDP) add(neon_kernel());
+  if (getauxval(AT_HWCAP2) & HWCAP2_I8MM) add(neon_i8mm_kernel());
 #endif
   return all;
 }
