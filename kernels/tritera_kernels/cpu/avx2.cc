@@ -5,13 +5,12 @@
 #include "ops.h"
 
 #if defined(__AVX2__) && defined(__FMA__)
-#include <immintrin.h>
-#include <string.h>
+#include "avx2_float.h"
+#include "avx2_unpack.h"
 
 namespace tritera {
 namespace {
 
-constexpr size_t kStep = 32;  // bytes of a vector
 constexpr int kRows = 4;      // rows that share a load of the inputs
 // Bytes of a row that are unpacked at a time, so that four rows of five planes
 // and the inputs of two tokens stay in 32 KiB.
@@ -19,25 +18,6 @@ constexpr size_t kChunk = 1024;
 // A sum of digit * x over a pair of lanes is at most 2 * 2 * 128 = 512 in size,
 // and 64 of them still fit into int16.
 constexpr int kPairs = 64;
-
-inline __m256i load(const void* p) {
-  return _mm256_loadu_si256(static_cast<const __m256i*>(p));
-}
-
-inline __m256i bytes(int value) { return _mm256_set1_epi8(value); }
-
-// The packed rows follow each other, and so do these prefetches.
-inline void prefetch(const uint8_t* p) {
-  _mm_prefetch(reinterpret_cast<const char*>(p) + (16 << 10), _MM_HINT_T1);
-  _mm_prefetch(reinterpret_cast<const char*>(p) + (1 << 10), _MM_HINT_T0);
-}
-
-// The last `count` < 32 bytes before `end`, then zeros: digits that are 0.
-inline __m256i load_tail(const uint8_t* end, size_t count) {
-  alignas(32) uint8_t copy[kStep] = {};
-  memcpy(copy, end - count, count);
-  return _mm256_load_si256(reinterpret_cast<const __m256i*>(copy));
-}
 
 // 0xff from byte 32 - count on.
 inline __m256i last_bytes(size_t count) {
@@ -49,44 +29,6 @@ inline __m256i last_bytes(size_t count) {
       0xff, 0xff, 0xff, 0xff, 0xff, 0xff, 0xff, 0xff, 0xff, 0xff, 0xff,
       0xff, 0xff, 0xff, 0xff, 0xff, 0xff, 0xff, 0xff, 0xff};
   return load(table + count);
-}
-
-// Nine times each byte: the two leading trits as a number 0..8, and the rest.
-// The even and the odd bytes are multiplied apart.
-inline void two_trits(__m256i v, __m256i* first, __m256i* second,
-                      __m256i* rest) {
-  const __m256i low = _mm256_set1_epi16(0xff);
-  const __m256i even = _mm256_maddubs_epi16(v, _mm256_set1_epi16(9));
-  const __m256i odd = _mm256_maddubs_epi16(v, _mm256_set1_epi16(9 << 8));
-  const __m256i pair = _mm256_or_si256(_mm256_srli_epi16(even, 8),
-                                       _mm256_andnot_si256(low, odd));
-  *rest = _mm256_or_si256(_mm256_and_si256(even, low),
-                          _mm256_slli_epi16(odd, 8));
-  *first = _mm256_shuffle_epi8(
-      _mm256_setr_epi8(0, 0, 0, 1, 1, 1, 2, 2, 2, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0,
-                       1, 1, 1, 2, 2, 2, 0, 0, 0, 0, 0, 0, 0),
-      pair);
-  *second = _mm256_shuffle_epi8(
-      _mm256_setr_epi8(0, 1, 2, 0, 1, 2, 0, 1, 2, 0, 0, 0, 0, 0, 0, 0, 0, 1, 2,
-                       0, 1, 2, 0, 1, 2, 0, 0, 0, 0, 0, 0, 0),
-      pair);
-}
-
-template <Format format>
-inline void unpack(__m256i v, __m256i* digits) {
-  if (format == kTwoBit) {
-    for (int j = 0; j < 4; ++j)
-      digits[j] = _mm256_and_si256(_mm256_srli_epi16(v, 2 * j), bytes(3));
-  } else {
-    __m256i rest;
-    two_trits(v, digits, digits + 1, &rest);
-    two_trits(rest, digits + 2, digits + 3, &rest);
-    // 3/4 of the rest, rounded up: only 85, 170 and 255 would be too large,
-    // and the rests of valid bytes are in 0..80, 86..166 and 171..251 here.
-    const __m256i half = _mm256_avg_epu8(rest, _mm256_setzero_si256());
-    digits[4] = _mm256_and_si256(
-        _mm256_srli_epi16(_mm256_avg_epu8(rest, half), 6), bytes(3));
-  }
 }
 
 inline __m256i widen_sum(__m256i sums) {
@@ -110,18 +52,6 @@ inline void put(__m128i four, int count, bool add, int32_t* sums) {
   for (int r = 0; r < count && r < kRows; ++r)
     sums[r] = each[r] + (add ? sums[r] : 0);
 }
-
-// The rows from `first` on, as if there were enough of them.
-template <int count>
-struct Pointers {
-  const uint8_t* row[count];
-  Pointers(const Rows& rows, int first) {
-    for (int r = 0; r < count; ++r) {
-      const int at = first + r < rows.count ? first + r : rows.count - 1;
-      row[r] = rows.data + at * rows.stride;
-    }
-  }
-};
 
 // Inputs that meet a vector of bytes, and the sums of a row over some vectors.
 template <Format format>
@@ -218,6 +148,7 @@ void dot_one(const Rows& rows, const Tokens<int8_t>& tokens, int32_t* sums) {
       const size_t end = p + block < whole ? p + block : whole;
       for (; p + 2 * kStep <= end; p += 2 * kStep) {
         for (int r = 0; r < kRows; ++r) prefetch(at.row[r] + p);
+#pragma GCC unroll 1
         for (size_t half = p; half < p + 2 * kStep; half += kStep) {
           const Inputs<format> in(tokens.x + half, tokens.plane);
           for (int r = 0; r < kRows; ++r)
@@ -360,116 +291,6 @@ void dot_int8(const Rows& rows, const Tokens<int8_t>& tokens, int32_t* sums,
     dot_one<format>(rows, tokens, sums);
   else
     dot_many<format>(rows, tokens, sums, scratch);
-}
-
-constexpr int kLanes = 8;  // rows of dot_float
-
-// Four bytes of each of eight rows in each of out[0 .. 7].
-inline void transpose(const __m256i v[kLanes], __m256i* out) {
-  __m256i a[kLanes], b[kLanes];
-  for (int i = 0; i < 4; ++i) {
-    a[2 * i] = _mm256_unpacklo_epi32(v[2 * i], v[2 * i + 1]);
-    a[2 * i + 1] = _mm256_unpackhi_epi32(v[2 * i], v[2 * i + 1]);
-  }
-  for (int i = 0; i < 2; ++i) {
-    for (int j = 0; j < 2; ++j) {
-      b[4 * i + 2 * j] = _mm256_unpacklo_epi64(a[4 * i + j], a[4 * i + 2 + j]);
-      b[4 * i + 2 * j + 1] =
-          _mm256_unpackhi_epi64(a[4 * i + j], a[4 * i + 2 + j]);
-    }
-  }
-  for (int i = 0; i < 4; ++i) {
-    out[i] = _mm256_permute2x128_si256(b[i], b[4 + i], 0x20);
-    out[4 + i] = _mm256_permute2x128_si256(b[i], b[4 + i], 0x31);
-  }
-}
-
-// Eight rows, four bytes of each at a time, and `count` tokens.
-//
-// A product is exact. Four are added in a chain and the chains of the planes
-// in a tree, at most 6 roundings of float32 on the way of a product; then come
-// doubles, and 1 rounding at the end: 7 / 2 eps of sum |code * x|.
-template <Format format, int count>
-void float_tile(const __m256i* packed, size_t groups, const float* x,
-                size_t plane, size_t token, float* sums) {
-  constexpr int kPlanes = kDigitsPerByte[format];
-  const __m256 codes = _mm256_setr_ps(-1, 0, 1, 0, -1, 0, 1, 0);
-  __m256d low[count], high[count];
-  for (int t = 0; t < count; ++t) low[t] = high[t] = _mm256_setzero_pd();
-  for (size_t g = 0; g < groups; ++g) {
-    __m256i digits[kPlanes];
-    if (format == kBaseThree) unpack<format>(packed[g], digits);
-    __m256 sum[count] = {}, even[count] = {};
-    for (int j = 0; j < kPlanes; ++j) {
-      __m256 chain[count];
-      for (int i = 0; i < 4; ++i) {
-        // permutevar looks at the two lowest bits.
-        const __m256i digit =
-            format == kTwoBit ? _mm256_srli_epi32(packed[g], 8 * i + 2 * j)
-                              : _mm256_srli_epi32(digits[j], 8 * i);
-        const __m256 code = _mm256_permutevar_ps(codes, digit);
-        for (int t = 0; t < count; ++t) {
-          const __m256 in =
-              _mm256_broadcast_ss(x + t * token + j * plane + 4 * g + i);
-          chain[t] = i == 0 ? _mm256_mul_ps(code, in)
-                            : _mm256_fmadd_ps(code, in, chain[t]);
-        }
-      }
-      for (int t = 0; t < count; ++t) {
-        if (j == 0) {
-          sum[t] = chain[t];
-        } else if (j == 2) {
-          even[t] = chain[t];
-        } else {
-          if (j == 3) chain[t] = _mm256_add_ps(even[t], chain[t]);
-          sum[t] = _mm256_add_ps(sum[t], chain[t]);
-        }
-      }
-    }
-    for (int t = 0; t < count; ++t) {
-      low[t] = _mm256_add_pd(
-          low[t], _mm256_cvtps_pd(_mm256_castps256_ps128(sum[t])));
-      high[t] = _mm256_add_pd(
-          high[t], _mm256_cvtps_pd(_mm256_extractf128_ps(sum[t], 1)));
-    }
-  }
-  for (int t = 0; t < count; ++t) {
-    _mm_storeu_ps(sums + t * kLanes, _mm256_cvtpd_ps(low[t]));
-    _mm_storeu_ps(sums + t * kLanes + 4, _mm256_cvtpd_ps(high[t]));
-  }
-}
-
-template <Format format>
-void dot_float(const Rows& rows, const Tokens<float>& tokens, float* sums,
-               uint8_t* scratch) {
-  constexpr int kTokens = 4;
-  __m256i* packed = reinterpret_cast<__m256i*>(scratch);
-  const size_t groups = (rows.bytes + 3) / 4;
-  for (int first = 0; first < rows.count; first += kLanes) {
-    const Pointers<kLanes> at(rows, first);
-    for (size_t p = 0; p < rows.bytes; p += kStep) {
-      __m256i v[kLanes];
-      const size_t left = rows.bytes - p;
-      for (int r = 0; r < kLanes; ++r) {
-        const uint8_t* row = at.row[r] + p;
-        if (p % (2 * kStep) == 0) prefetch(row);
-        v[r] = left < kStep ? load_tail(row + left, left) : load(row);
-      }
-      transpose(v, packed + p / 4);
-    }
-    const int count = rows.count - first < kLanes ? rows.count - first : kLanes;
-    for (int t = 0; t < tokens.count;) {
-      alignas(32) float each[kTokens * kLanes];
-      const bool many = t + kTokens <= tokens.count;
-      (many ? float_tile<format, kTokens> : float_tile<format, 1>)(
-          packed, groups, tokens.x + t * tokens.token, tokens.plane,
-          tokens.token, each);
-      for (int i = 0; i < (many ? kTokens : 1); ++i, ++t) {
-        memcpy(sums + static_cast<size_t>(t) * rows.count + first,
-               each + i * kLanes, count * sizeof(float));
-      }
-    }
-  }
 }
 
 }  // namespace

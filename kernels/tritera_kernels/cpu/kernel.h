@@ -86,5 +86,9 @@ const Kernel* avx2_kernel();
 const Kernel* avx512_kernel();
 const Kernel* amx_kernel();
 const Kernel* neon_kernel();
+const Kernel* neon_i8mm_kernel();
+
+// Whether this process may use AMX's tiles; asks the system for it.
+bool amx_allowed();
 
 }  // namespace tritera
