@@ -113,13 +113,15 @@ void lay_out_values(const Attention<T>& a, int64_t from, int n) {
   }
 }
 
-// scores[r][slot] = q[r] . k[slot] for the first n slots of a block, a scale
-// of an int8 slot included; what follows, up to a whole vector, is anything.
+// scores[r][slot] = q[r] . k[slot] log2(e) / sqrt(width) for the first n
+// slots of a block, a scale of an int8 slot included; what follows, up to a
+// whole vector, is anything.
 template <class T>
 void score(const Attention<T>& a, int first, int rows, int64_t from, int n) {
   const Attend& call = a.call;
   const int width = call.width;
-  F scale = broadcast(1 / __builtin_sqrtf(static_cast<float>(width)));
+  constexpr float kLog2E = 1.44269504f;
+  F scale = broadcast(kLog2E / __builtin_sqrtf(static_cast<float>(width)));
   for (int r = 0; r < rows; ++r) {
     const float* q = call.q + (first + r) / call.heads * call.q_stride +
                      (first + r) % call.heads * width;
@@ -168,7 +170,7 @@ void weigh(const Attention<T>& a, int row, float* scores, int n) {
   if (after < before) after = before;
   F shift = broadcast(after), total = broadcast(0);
   for (int slot = 0; slot < whole; slot += kLanes) {
-    F weight = exponential(sub(load(scores + slot), shift));
+    F weight = power_of_two_at_most_one(sub(load(scores + slot), shift));
     store(scores + slot, weight);
     total = add(total, weight);
   }
@@ -179,7 +181,7 @@ void weigh(const Attention<T>& a, int row, float* scores, int n) {
   }
   a.scratch.most[row] = after;
   float lanes[kLanes];
-  store(lanes, exponential(broadcast(before - after)));
+  store(lanes, power_of_two_at_most_one(broadcast(before - after)));
   *totals = *totals * lanes[0] + reduce_add(total);
   float* sums = a.scratch.sums + row * a.padded;
   for (size_t c = 0; c < a.padded; c += kLanes)

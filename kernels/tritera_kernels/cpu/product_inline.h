@@ -8,6 +8,8 @@
 namespace tritera {
 namespace {
 
+constexpr int kTile = kTileColumns * kLanes;
+
 // out[r][j] (+)= sum over d < depth of a[r][d] * b[d][j], for `rows` <=
 // kTileRows rows and a few vectors of columns.
 template <class T>
@@ -33,6 +35,9 @@ void multiply_tile(const Product<T>& p, int lanes) {
   const T* b = p.b;
   const size_t a_stride = p.a_stride, b_stride = p.b_stride;
   for (int64_t d = 0; d < p.depth; ++d, ++a, b += b_stride) {
+    // The next tile of a cache, whose rows lie too far apart for the
+    // processor to foresee.
+    if (sizeof(T) < sizeof(float)) __builtin_prefetch(b + kTile);
     F values[columns];
     for (int j = 0; j < columns; ++j)
       values[j] = partial && j == columns - 1 ? load_n(b + j * kLanes, lanes)
@@ -43,11 +48,18 @@ void multiply_tile(const Product<T>& p, int lanes) {
         sums[r][j] = fma(factor, values[j], sums[r][j]);
     }
   }
-  for (int r = 0; r < rows; ++r) {
-    for (int j = 0; j < columns; ++j) {
-      float* out = p.out + r * p.out_stride + j * kLanes;
-      store(out, p.accumulate ? add(load(out), sums[r][j]) : sums[r][j]);
+  // Two loops: a branch inside would put the sums into memory.
+  if (p.accumulate) {
+    for (int r = 0; r < rows; ++r) {
+      for (int j = 0; j < columns; ++j) {
+        float* out = p.out + r * p.out_stride + j * kLanes;
+        store(out, add(load(out), sums[r][j]));
+      }
     }
+  } else {
+    for (int r = 0; r < rows; ++r)
+      for (int j = 0; j < columns; ++j)
+        store(p.out + r * p.out_stride + j * kLanes, sums[r][j]);
   }
 }
 
@@ -69,8 +81,6 @@ inline void multiply_rows(const Product<T>& p, int rows, int lanes) {
 #undef TRITERA_ROWS
   }
 }
-
-constexpr int kTile = kTileColumns * kLanes;
 
 // Columns 0 .. columns - 1 <= kTile of `b`, where nothing past them is read.
 // Columns of `out` up to the next multiple of kLanes are written.

@@ -46,9 +46,9 @@ inline F max(F a, F b) { return a > b ? a : b; }
 inline F min(F a, F b) { return a < b ? a : b; }
 // Half to even; |x| < 2^22.
 inline F round_even(F x) { return (x + 12582912.0f) - 12582912.0f; }
-// x * 2^n, n an integer of -150 .. 128.
+// x * 2^n, n an integer of -150 .. 128, or both NaN.
 inline F scale_by_power(F x, F n) {
-  int whole = static_cast<int>(n), half = whole / 2;
+  int whole = n == n ? static_cast<int>(n) : 0, half = whole / 2;
   uint32_t bits[2] = {static_cast<uint32_t>(half + 127) << 23,
                       static_cast<uint32_t>(whole - half + 127) << 23};
   float powers[2];

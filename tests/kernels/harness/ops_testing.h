@@ -136,6 +136,7 @@ inline float from_bfloat16(uint16_t x) {
   return y;
 }
 
-void test_attend(const std::string& name, const Ops& ops, Tally& tally);
+void test_attend(const std::string& name, const Ops& ops, int trials,
+                 Tally& tally);
 
 }  // namespace testing

@@ -125,11 +125,12 @@ struct Case {
 };
 
 template <class T>
-void test_cases(const std::string& name, const Ops& ops, Tally& tally) {
+void test_cases(const std::string& name, const Ops& ops, int trials,
+                Tally& tally) {
   Random random(6);
   const int64_t starts[] = {0,   1,   7,   15,  16,  31,  32, 33,
                             100, 254, 255, 256, 257, 511, 700};
-  for (int trial = 0; trial < 900; ++trial) {
+  for (int trial = 0; trial < trials; ++trial) {
     Shape shape;
     shape.width = 2 * random.integer(1, trial % 3 ? 36 : 128);
     if (trial % 4 == 0) shape.width = trial % 8 ? 64 : 128;
@@ -168,9 +169,10 @@ void test_cases(const std::string& name, const Ops& ops, Tally& tally) {
 
 }  // namespace
 
-void test_attend(const std::string& name, const Ops& ops, Tally& tally) {
-  test_cases<uint16_t>(name + " attend bfloat16", ops, tally);
-  test_cases<int8_t>(name + " attend int8", ops, tally);
+void test_attend(const std::string& name, const Ops& ops, int trials,
+                 Tally& tally) {
+  test_cases<uint16_t>(name + " attend bfloat16", ops, trials, tally);
+  test_cases<int8_t>(name + " attend int8", ops, trials, tally);
 }
 
 }  // namespace testing
