@@ -74,14 +74,15 @@ inline int tiles_of(int tokens) { return (tokens + kPanel - 1) / kPanel * 2; }
 
 // out: [64 bytes][tile of 16 tokens][4 bytes][token], so that the bytes of a
 // segment of all tokens follow each other.
-void interleave(const int8_t* x, size_t length, int tokens, int8_t* out) {
+void interleave(const int8_t* x, size_t token, size_t length, int tokens,
+                int8_t* out) {
   const int tiles = tiles_of(tokens);
   for (size_t k = 0; k < length; k += kStep) {
     for (int tile = 0; tile < tiles; ++tile, out += kTile) {
       __m512i v[kSide];
       for (int i = 0; i < kSide; ++i) {
         const int t = tile * kSide + i;
-        v[i] = t < tokens ? _mm512_load_si512(x + t * length + k)
+        v[i] = t < tokens ? _mm512_load_si512(x + t * token + k)
                           : _mm512_setzero_si512();
       }
       transpose(v);

@@ -7,25 +7,14 @@
 #include <atomic>
 #include <initializer_list>
 
-#if defined(__linux__) && defined(__x86_64__)
-#include <sys/syscall.h>
-#include <unistd.h>
+#if defined(__linux__) && defined(__aarch64__)
+#include <sys/auxv.h>
 #endif
 
 namespace tritera {
 namespace {
 
 std::atomic<const Kernel*> active{nullptr};
-
-// AMX's state is large: Linux hands it out to those who ask.
-bool may_use_tiles() {
-#if defined(__linux__) && defined(__x86_64__)
-  constexpr long kRequestPermission = 0x1023, kTileData = 18;
-  return syscall(SYS_arch_prctl, kRequestPermission, kTileData) == 0;
-#else
-  return false;
-#endif
-}
 
 // Null if this machine cannot run it.
 const Kernel* supported(const char* name) {
@@ -49,13 +38,18 @@ const Kernel* supported(const char* name) {
   }();
   if (!strcmp(name, "amx")) {
     return avx512 && vbmi && __builtin_cpu_supports("amx-int8") &&
-                   amx_kernel() && may_use_tiles()
+                   amx_kernel() && amx_allowed()
                ? amx_kernel()
                : nullptr;
   }
   if (!strcmp(name, "avx512"))
     return !avx512 ? nullptr : vbmi ? avx512_kernel() : &without_vbmi;
   if (!strcmp(name, "avx2")) return avx2 ? avx2_kernel() : nullptr;
+#elif defined(__linux__) && defined(__aarch64__)
+  constexpr unsigned long kDot = 1 << 20, kI8mm = 1 << 13;  // as hwcap.h
+  if (!(getauxval(AT_HWCAP) & kDot) && strcmp(name, "portable")) return nullptr;
+  if (!strcmp(name, "neon_i8mm"))
+    return getauxval(AT_HWCAP2) & kI8mm ? neon_i8mm_kernel() : nullptr;
 #endif
   if (!strcmp(name, "neon")) return neon_kernel();
   if (!strcmp(name, "portable")) return portable_kernel();
@@ -68,7 +62,7 @@ const Kernel* best() {
     // Python refuses a name that cannot be obeyed before it gets here.
     if (const Kernel* kernel = supported(wanted)) return kernel;
   }
-  for (const char* name : {"amx", "avx512", "avx2", "neon"}) {
+  for (const char* name : {"amx", "avx512", "avx2", "neon_i8mm", "neon"}) {
     if (const Kernel* kernel = supported(name)) return kernel;
   }
   return portable_kernel();

@@ -69,9 +69,10 @@ struct Kernel {
   // of at most 4 eps sum |code * x|, where eps = 2^-23. two_bit and base_three.
   void (*dot_float[2])(const Rows& rows, const Tokens<float>& tokens,
                        float* sums, uint8_t* scratch);
-  // Matrix tiles, or null. `interleave` copies tokens of `length` bytes (a
-  // multiple of 64) for `dot_tiles`: `out` holds tokens rounded up to 32.
-  void (*interleave)(const int8_t* x, size_t length, int tokens, int8_t* out);
+  // Matrix tiles, or null. `interleave` copies `length` bytes (a multiple of
+  // 64) of each token for `dot_tiles`: `out` holds tokens rounded up to 32.
+  void (*interleave)(const int8_t* x, size_t token, size_t length, int tokens,
+                     int8_t* out);
   void (*dot_tiles[kFormats])(const Rows& rows, const int8_t* interleaved,
                               size_t plane, int tokens, int32_t* sums,
                               uint8_t* scratch);

@@ -10,7 +10,14 @@ import re
 import jax
 
 PATH = Path(__file__).with_name('libtritera.so')
-INSTRUCTION_SETS = ('amx', 'avx512', 'avx2', 'neon', 'portable')
+INSTRUCTION_SETS = (
+  'amx',
+  'avx512',
+  'avx2',
+  'neon_i8mm',
+  'neon',
+  'portable',
+)
 FORMATS = {'two_bit': 0, 'base_three': 1, 'byte': 2}  # enum Format, kernel.h
 TARGETS = (
   'tritera_matmul',

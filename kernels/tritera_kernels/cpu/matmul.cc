@@ -167,20 +167,10 @@ Prepared prepare(Team& team, const Kernel& kernel, const Planes& planes,
     const size_t tokens = round_up(count, 32);
     int8_t* tiles = static_cast<int8_t*>(
         thread_memory(kTilesSlot, tokens * planes.token()));
-    if (planes.segments == 1) {
-      kernel.interleave(x.q, planes.segment(), count, tiles);
-    } else {
-      // A segment of each token, side by side.
-      int8_t* part = static_cast<int8_t*>(
-          thread_memory(kScratchSlot, count * planes.segment()));
-      for (int s = 0; s < planes.segments; ++s) {
-        for (int t = 0; t < count; ++t) {
-          std::copy_n(x.q + t * planes.token() + s * planes.segment(),
-                      planes.segment(), part + t * planes.segment());
-        }
-        kernel.interleave(part, planes.segment(), count,
-                          tiles + s * tokens * planes.segment());
-      }
+    for (int s = 0; s < planes.segments; ++s) {
+      kernel.interleave(x.q + s * planes.segment(), planes.token(),
+                        planes.segment(), count,
+                        tiles + s * tokens * planes.segment());
     }
     x.tiles = tiles;
   }

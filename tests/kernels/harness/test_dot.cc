@@ -274,7 +274,7 @@ void run(Tested& tested, const Case& c, int rows, int tokens, size_t gap,
   if (kernel.dot_tiles[s.format]) {
     const size_t room = (tokens + 31) / 32 * 32 * s.segment();
     int8_t* tiles = reinterpret_cast<int8_t*>(arenas.x.first());
-    kernel.interleave(x, s.segment(), tokens, tiles);
+    kernel.interleave(x, s.segment(), s.segment(), tokens, tiles);
     int8_t* at = reinterpret_cast<int8_t*>(arenas.x.last(room));
     std::memmove(at, tiles, room);
     int32_t* y = reinterpret_cast<int32_t*>(sums(dots * 4));
@@ -477,7 +477,7 @@ void bench(const std::vector<Tested>& tested, int only) {
                                       y, free);
             } else if (kind == 1) {
               int8_t* t = reinterpret_cast<int8_t*>(tiles.first());
-              kernel.interleave(q, s.segment(), tokens, t);
+              kernel.interleave(q, s.segment(), s.segment(), tokens, t);
               kernel.dot_tiles[format](r, t, s.plane(), tokens, y, free);
             } else {
               kernel.dot_float[format](r, {f, s.plane(), s.segment(), tokens},
