@@ -103,3 +103,26 @@ def _ffi_version() -> tuple[int, int]:
     for part in ('MAJOR', 'MINOR')
   )
   return major, minor
+
+
+def read_gb_per_s(
+  *, gib: float = 1.0, threads: int, huge_pages: bool, passes: int = 7
+) -> list[float]:
+  """How fast memory is read, in 10^9 bytes a second: the passes, sorted.
+
+  Raises:
+    MemoryError: there is none of that size.
+  """
+  library = load()
+  size = int(gib * 2**30) // 2**12 * 2**12
+  seconds = (ctypes.c_double * passes)()
+  library.tritera_read_seconds.argtypes = [
+    ctypes.c_size_t, ctypes.c_int, ctypes.c_bool, ctypes.c_int,
+    ctypes.POINTER(ctypes.c_double),
+  ]  # fmt: skip
+  library.tritera_read_seconds.restype = ctypes.c_bool
+  if not library.tritera_read_seconds(
+    size, threads, huge_pages, passes, seconds
+  ):
+    raise MemoryError(f'no {gib} GiB to measure with')
+  return sorted(size / s / 1e9 for s in seconds)
