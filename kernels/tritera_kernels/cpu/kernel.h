@@ -68,7 +68,8 @@ struct Kernel {
   void (*dot_float[2])(const Rows& rows, const Tokens<float>& tokens,
                        float* sums, uint8_t* scratch);
   // Matrix tiles, or null. `interleave` copies tokens of `length` bytes (a
-  // multiple of 64) for `dot_tiles`: `out` holds tokens rounded up to 32.
+  // multiple of 64) for `dot_tiles`: `out` holds tokens rounded up to 32, and
+  // what was from byte k of each token on begins at k times their number.
   void (*interleave)(const int8_t* x, size_t length, int tokens, int8_t* out);
   void (*dot_tiles[kFormats])(const Rows& rows, const int8_t* interleaved,
                               size_t plane, int tokens, int32_t* sums,
