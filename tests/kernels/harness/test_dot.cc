@@ -313,7 +313,7 @@ void run(Tested& tested, const Case& c, int rows, int tokens, size_t gap,
 void sweep(std::vector<Tested>& tested, const Arenas& arenas, int thin) {
   Random random(1);
   std::vector<int> lengths = {410, 448, 512, 615, 768, 1023, 1024, 1127,
-                              1408, 2049, 3000};
+                              1408, 1411, 2049, 2503, 3000};
   for (int bytes = 1; bytes <= 200; bytes += thin) lengths.push_back(bytes);
   const size_t gaps[] = {0, 0, 1, 7, 24, 32, 61, 64};
   for (int format = 0; format < kFormats; ++format) {
