@@ -110,8 +110,8 @@ struct Case {
         sum += weight[slot] / total * value(c, slot);
         size += weight[slot] / total * fabs(value(c, slot));
       }
-      // A score past float32 makes a NaN, too.
-      if (isnan(got[c]) && sizes > 3e38) continue;
+      // A score past float32, in powers of two, makes a NaN, too.
+      if (isnan(got[c]) && sizes > 2e38) continue;
       if (isnan(sum) || isinf(sum)) {
         if (!isnan(got[c]) && !same_bits(got[c], sum)) return kInf;
         continue;
