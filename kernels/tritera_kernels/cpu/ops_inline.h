@@ -24,7 +24,8 @@ struct Scales {
 inline Scales scales_of(const float* x, size_t n) {
   I bits = int_zero();
   size_t i = 0;
-  for (; i + kLanes <= n; i += kLanes) bits = int_max(bits, abs_bits(load(x + i)));
+  for (; i + kLanes <= n; i += kLanes)
+    bits = int_max(bits, abs_bits(load(x + i)));
   if (i < n) bits = int_max(bits, abs_bits(load_n(x + i, n - i)));
   int32_t most = int_reduce_max(bits);
   float absmax;

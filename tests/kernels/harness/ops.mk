@@ -2,7 +2,7 @@
 # Tests of the row operations: `make -f ops.mk`, then `... sanitize`, `... neon`
 # (with an aarch64 compiler and qemu), `... bench`.
 SOURCE := ../../../kernels/tritera_kernels/cpu
-BUILD ?= build-ops
+BUILD ?= build/ops
 NEON_CXX ?= aarch64-linux-gnu-g++
 NEON_RUN ?= qemu-aarch64-static
 CXXFLAGS := -std=c++17 -O3 -ffp-contract=off -fno-math-errno -Wall -Wextra \
@@ -18,7 +18,7 @@ test: $(BUILD)/native/test_ops
 sanitize: $(BUILD)/sanitize/test_ops
 	$<
 neon: $(BUILD)/neon/test_ops
-	$(NEON_RUN) $<
+	$(NEON_RUN) $< 60
 bench: $(BUILD)/native/bench_ops
 	$<
 .PHONY: test sanitize neon bench
