@@ -163,6 +163,7 @@ def _eval(args: list[str]):
 
 def _pack(args: list[str]):
   from tritera_jax.checkpoint import pack
+  from tritera_jax.checkpoint.packed_file import Head
   from tritera_kernels.matmul import Activations
 
   def run(
@@ -170,6 +171,7 @@ def _pack(args: list[str]):
     format: Literal['two_bit', 'base_three'] = 'two_bit',
     step: int | None = None,
     activations: Activations = 'float',
+    head: Head | None = None,
   ):
     """Packs a run's ternary weights into RUN/packed/FORMAT.
 
@@ -178,8 +180,11 @@ def _pack(args: list[str]):
       format: two_bit or base_three.
       step: which checkpoint; default: the newest.
       activations: what the packed model is to be run with: float or int8.
+      head: int8 also rounds head and embedding; default: as the activations.
     """
-    report = pack.pack(run, format, step=step, activations=activations)
+    report = pack.pack(
+      run, format, step=step, activations=activations, head=head
+    )
     print(
       f'{report.folder}: {report.bits_per_weight:.3f} bits/weight, '
       f'{report.file_bytes:,} bytes, {report.fingerprint}'
@@ -189,6 +194,7 @@ def _pack(args: list[str]):
 
 
 def _generate(args: list[str]):
+  from tritera_kernels.fused import CacheType
   from tritera_kernels.matmul import Activations
 
   def generate(
@@ -203,6 +209,7 @@ def _generate(args: list[str]):
     stop: tyro.conf.UseAppendAction[tuple[str, ...]] = (),
     seed: int = 0,
     activations: Activations | None = None,
+    cache: CacheType | None = None,
   ):
     """Continues a prompt, or several.
 
@@ -219,12 +226,14 @@ def _generate(args: list[str]):
       stop: text that ends the continuation, such as $'\\n'; may be repeated.
       seed: of sampling.
       activations: of a packed model: float or int8; default: its record's.
+      cache: of a packed model, what keys and values are rounded to: bfloat16,
+        int8 or float32 (slow); default: bfloat16.
     """
     from tritera_jax.generate import load, terminal
     from tritera_jax.generate.sampling import Sampling
 
     terminal.run(
-      load.load(path, activations=activations),
+      load.load(path, activations=activations, cache=cache),
       prompt,
       stdin=sys.stdin,
       write=functools.partial(print, end='', flush=True),

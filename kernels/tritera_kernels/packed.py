@@ -2,6 +2,7 @@
 """PackedTernary: a ternary matrix as bytes and scales."""
 
 import dataclasses
+import functools
 from typing import Any, Literal
 
 import jax
@@ -74,6 +75,14 @@ def row_bytes(format: str, inputs: int, segments: int) -> int:
   """Bytes of a packed row of `inputs` codes."""
   per_byte = formats.get(format).CODES_PER_BYTE
   return segments * -(-(inputs // segments) // per_byte)
+
+
+def filler_start(format: str, inputs: int, segments: int) -> int:
+  """The first byte of a segment that holds a code past the segment's end."""
+  per_byte = formats.get(format).CODES_PER_BYTE
+  length = inputs // segments
+  width = -(-length // per_byte)
+  return max(0, length - (per_byte - 1) * width)
 
 
 def pack(
@@ -169,21 +178,48 @@ def check(packed: PackedTernary):
     ValueError: the field, its value and what was wanted.
   """
   check_layout(packed)
-  layout = formats.get(packed.format)
   scale = np.asarray(packed.scale)
   if not (np.isfinite(scale) & (scale > 0)).all():
     raise ValueError(f'scale={scale} must be finite and positive')
-  valid = np.asarray(layout.is_valid(packed.data))
-  if not valid.all():
-    row, column = np.argwhere(~valid)[0]
+  data = np.asarray(packed.data)
+  for start in range(0, len(data), _CHECKED_ROWS):
+    _check_bytes(data[start : start + _CHECKED_ROWS], start, packed)
+
+
+# Few enough that a copy of them is small, enough that Python is not felt.
+_CHECKED_ROWS = 512
+
+
+@functools.cache
+def _tables(format: str) -> tuple[bytes, np.ndarray]:
+  """Of a format, the bytes that can occur, and the codes [256, a byte]."""
+  layout = formats.get(format)
+  every = jnp.arange(256, dtype=jnp.uint8)
+  valid = np.flatnonzero(np.asarray(layout.is_valid(every)))
+  codes = np.stack([np.asarray(p) for p in layout.decode_tile(every)], -1)
+  return valid.astype(np.uint8).tobytes(), codes
+
+
+def _check_bytes(rows: np.ndarray, first: int, packed: PackedTernary):
+  """Tests the bytes of some rows, of which `first` is the number."""
+  valid, codes = _tables(packed.format)
+  # `bytes.translate` looks up a byte faster than an index of NumPy.
+  if rows.tobytes().translate(None, valid):
+    wrong = ~np.isin(rows, np.frombuffer(valid, np.uint8))
+    row, column = np.argwhere(wrong)[0]
     raise ValueError(
-      f'data[{row}, {column}]={int(packed.data[row, column])} is no byte of '
+      f'data[{first + row}, {column}]={rows[row, column]} is no byte of '
       f'{packed.format}; the bytes are damaged or of another format'
     )
-  again = pack(
-    *unpack(packed), format=packed.format, scale_axis=packed.scale_axis
+  start = filler_start(packed.format, packed.shape[1], packed.segments)
+  segments = rows.reshape(len(rows), packed.segments, -1)[..., start:]
+  planes = np.moveaxis(codes[segments], -1, -2)  # [rows, segments, plane, byte]
+  # The input that plane j of byte p is of.
+  width = rows.shape[1] // packed.segments
+  input_jp = width * np.arange(codes.shape[1])[:, None] + np.arange(
+    start, width
   )
-  if not (again.data == packed.data).all():
+  if planes[..., input_jp >= packed.shape[1] // packed.segments].any():
     raise ValueError('data has codes other than 0 past the end of a segment')
 
 

@@ -11,8 +11,8 @@ import safetensors
 import safetensors.numpy
 
 from tests.ternary import oracle
-from tritera_jax.checkpoint import pack, restore
-from tritera_kernels import fingerprint
+from tritera_jax.checkpoint import pack, packed_file, restore
+from tritera_kernels import fingerprint, packed
 
 FORMATS = ['two_bit', 'base_three']
 
@@ -34,13 +34,13 @@ def oracle_matrices(config, params):
 def test_latents_and_both_formats_hold_the_same_codes_and_scales(tiny_run):
   experiment, params = restore.restore_params(tiny_run)
   latent = pack.latent_fingerprint(experiment.model, params)
-  models = [pack.read(tiny_run / 'packed' / f) for f in FORMATS]
+  models = [packed_file.read(tiny_run / 'packed' / f) for f in FORMATS]
   assert {m.fingerprint for m in models} == {latent}
   wanted = list(oracle_matrices(experiment.model, params))
   for model in models:
     assert sorted(model.matrices) == sorted(name for name, *_ in wanted)
     for name, codes, scale, axis in wanted:
-      got_codes, got_scale = pack.packed.unpack(model.matrices[name])
+      got_codes, got_scale = packed.unpack(model.matrices[name])
       np.testing.assert_array_equal(got_codes, codes)
       np.testing.assert_allclose(got_scale, scale, rtol=3e-7)
       assert model.matrices[name].scale_axis == axis
@@ -77,19 +77,22 @@ Q = 'layers.0.attention.q.packed'
   ('metadata', 'message'),
   [
     ({'kind': 'gguf'}, "kind='gguf', wanted 'tritera-packed'"),
-    ({'version': '9'}, "version='9', wanted '1'"),
+    ({'version': '9'}, "version='9', wanted '1' or '2'"),
+    ({'head': 'int4'}, "head='int4', wanted 'float' or 'int8'"),
+    ({'head': 'int8'}, 'tensor embed: shape F32.*there, none by'),
+    ({'bytes_digest': '00'}, 'its metadata says 00; the file is damaged'),
     ({'format': 'five_bit'}, "format='five_bit' is unknown"),
     ({'layout_version': '2'}, "layout_version='2', wanted '1'"),
     ({'activations': 'int4'}, "activations='int4', wanted 'float' or 'int8'"),
     ({'model': '{}'}, 'metadata model: (.|\n)*family'),
-    ({'fingerprint': 'trits1:00'}, 'metadata says trits1:00'),
+    ({'fingerprint': 'trits1:00'}, 'the file is damaged'),
     ({'format': 'base_three'}, 'tensor layers.0.attention.k.packed: shape'),
   ],
 )
 def test_metadata_that_lies_is_refused(folder, metadata, message):
   rewrite(folder, metadata)
   with pytest.raises(ValueError, match=message):
-    pack.read(folder)
+    packed_file.read(folder)
 
 
 def test_a_damaged_tensor_is_refused(folder):
@@ -98,21 +101,21 @@ def test_a_damaged_tensor_is_refused(folder):
   impossible[0, 0] = 0xFF
   rewrite(folder, tensors={Q: impossible})
   with pytest.raises(ValueError, match=r'attention.q: data\[0, 0\]=255 is no'):
-    pack.read(folder)
+    packed_file.read(folder)
   flipped = arrays[Q].copy()
   flipped[0, 0] = 0x55 if flipped[0, 0] != 0x55 else 0x54
   rewrite(folder, tensors={Q: flipped})
   with pytest.raises(ValueError, match='the file is damaged: pack again'):
-    pack.read(folder)
+    packed_file.read(folder)
   rewrite(folder, tensors={Q: arrays[Q][:-1]})
   with pytest.raises(ValueError, match='attention.q.packed: shape'):
-    pack.read(folder)
+    packed_file.read(folder)
   rewrite(folder, tensors={Q: None})
   with pytest.raises(ValueError, match='attention.q.packed: shape missing'):
-    pack.read(folder)
+    packed_file.read(folder)
   rewrite(folder, tensors={Q: arrays[Q], 'more': arrays['norm']})
   with pytest.raises(ValueError, match='tensor more: shape .* none by its'):
-    pack.read(folder)
+    packed_file.read(folder)
 
 
 def test_a_file_cut_short_or_with_a_lying_header_is_refused(folder):
@@ -121,10 +124,10 @@ def test_a_file_cut_short_or_with_a_lying_header_is_refused(folder):
   for cut in (0, 4, 100, len(whole) - 1):
     file.write_bytes(whole[:cut])
     with pytest.raises(ValueError, match='not a whole safetensors file'):
-      pack.read(folder)
+      packed_file.read(folder)
   file.write_bytes(struct.pack('<Q', 2**60) + whole[8:])
   with pytest.raises(ValueError, match='not a whole safetensors file'):
-    pack.read(folder)
+    packed_file.read(folder)
 
 
 def test_only_a_finite_ternary_model_is_packed(tiny_run):

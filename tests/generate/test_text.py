@@ -42,14 +42,17 @@ class Script(Decoder):
 
   def __init__(self, script):
     self.config = CONFIG
-    self.layers = nnx.List([])
     self.script = nnx.Param(jnp.asarray(script, jnp.int32))
 
-  def __call__(self, tokens_BT, positions_BT=None, cache=None):
+  def hidden(self, tokens_BT, positions_BT=None, cache=None):
     Script.traces += 1
     says_BT = self.script.get_value()[positions_BT]
-    V = self.config.padded_vocab_size
-    return 9.0 * jax.nn.one_hot(says_BT, V), cache
+    x_BT1 = says_BT[..., None].astype(jnp.float32)
+    return jnp.tile(x_BT1, CONFIG.d_model), cache
+
+  def logits(self, x_BTD):
+    says_BT = x_BTD[..., 0].astype(jnp.int32)
+    return 9.0 * jax.nn.one_hot(says_BT, self.config.padded_vocab_size)
 
 
 @pytest.fixture(scope='module')

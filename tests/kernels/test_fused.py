@@ -209,7 +209,7 @@ def test_int8_caches_hold_keys_and_values_to_half_a_step():
     assert (np.abs(back - x) <= 0.501 * np.expand_dims(step, axis)).all()
 
 
-def layers_of(model: pack.PackedModel):
+def layers_of(model):
   """Every layer's weights as the fused operations take them."""
   for i in range(model.config.layers):
     get = lambda name, i=i: (model.matrices | model.rest)[f'layers.{i}.{name}']

@@ -7,7 +7,6 @@ import numpy as np
 import pytest
 
 from tests.model import oracle
-from tritera_jax.generate import engine
 from tritera_jax.model import decoder, quantized
 from tritera_jax.model.config import ModelConfig
 
@@ -70,7 +69,7 @@ def test_cached_logits_are_the_uncached_ones(name):
   want, _ = forward(tokens)
   # Slots hold rubbish at first: nothing may look at them.
   cache = jax.tree.map(
-    lambda a: jnp.full_like(a, 1e4), engine.empty_cache(model, 2, 14)
+    lambda a: jnp.full_like(a, 1e4), model.empty_cache(2, 14)
   )
   got = []
   for start, stop in ((0, 5), (5, 6), (6, 9), (9, 12)):

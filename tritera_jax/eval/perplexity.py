@@ -10,7 +10,7 @@ from tritera_jax.data import loader, shards
 from tritera_jax.data import tokenizer as tokenizer_lib
 from tritera_jax.data.shards import TokenSource
 from tritera_jax.generate import load
-from tritera_jax.model.decoder import Decoder
+from tritera_jax.model.interface import LanguageModel
 from tritera_jax.train import loss
 from tritera_kernels.matmul import Activations
 
@@ -111,7 +111,7 @@ def default_data(path: str | Path) -> str:
 
 
 def held_out_loss(
-  model: Decoder,
+  model: LanguageModel,
   source: TokenSource,
   *,
   sequence_length: int,
@@ -139,7 +139,7 @@ def held_out_loss(
 
 
 def head_loss(
-  model: Decoder,
+  model: LanguageModel,
   source: TokenSource,
   *,
   tokens: int,

@@ -1,14 +1,14 @@
 # SPDX-License-Identifier: Apache-2.0
 """A batch is prefilled by one jit and decoded, some tokens a call, by another.
 
-Shapes: B rows, P padded prompt length, N new tokens, V padded vocabulary.
+Shapes: B rows, C tokens of a chunk, S slots, N new tokens, D width, V padded
+vocabulary.
 """
 
 from collections.abc import Sequence
 import functools
 from typing import NamedTuple
 
-from flax import nnx
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Int32, Key, PyTree
@@ -16,25 +16,20 @@ import numpy as np
 
 from tritera_jax.generate import sampling as sampling_lib
 from tritera_jax.generate.sampling import Sampling
-from tritera_jax.model.attention import KVCache
 from tritera_jax.model.config import ModelConfig
-from tritera_jax.model.decoder import Block, Decoder
-
-_PROMPT_MULTIPLE = 32  # prompts are padded to it: fewer shapes to compile
+from tritera_jax.model.interface import LanguageModel
 
 
-def empty_cache(model: Decoder, rows: int, slots: int):
-  """A KV cache for `model`: one stacked over layers, or a list of them."""
-  config = model.config
-  shape = (rows, slots, config.kv_heads, config.head_dim)
+def _chunk_and_slots(longest: int, new_tokens: int) -> tuple[int, int]:
+  """Tokens a prompt is read by, and slots a row: few pairs, for few shapes.
 
-  def zeros(*leading):
-    array = jnp.zeros((*leading, *shape), jnp.dtype(config.dtype))
-    return KVCache(array, array)
-
-  if isinstance(model.layers, Block):
-    return zeros(config.layers)
-  return [zeros() for _ in range(config.layers)]
+  A short prompt should not pay for a long chunk, and a long one reads the
+  weights once a chunk. Slots are a multiple of the chunk.
+  """
+  chunk = 32 if longest <= 128 else 256
+  slots = max(-(-longest // chunk) * chunk, longest + new_tokens)
+  step = 64 if slots <= 256 else 256
+  return chunk, -(-slots // step) * step
 
 
 class _Carry(NamedTuple):
@@ -50,7 +45,7 @@ class _Carry(NamedTuple):
   seen_BV: Bool[Array, 'B V'] | None  # None: there is no repetition penalty
 
 
-def _append(model: Decoder, sampling: Sampling, stop, carry, logits_BV):
+def _append(model: LanguageModel, sampling: Sampling, stop, carry, logits_BV):
   """`carry` with one more token a row."""
   no_token_V = jnp.arange(logits_BV.shape[1]) >= model.config.vocab_size
   logits_BV = jnp.where(no_token_V, -jnp.inf, logits_BV)
@@ -69,26 +64,54 @@ def _append(model: Decoder, sampling: Sampling, stop, carry, logits_BV):
   )
 
 
-@functools.partial(jax.jit, static_argnums=(0, 2, 3))
+@functools.partial(jax.jit, static_argnums=(1, 2, 3))
 def _prefill(
-  graphdef, params, sampling, new_tokens, stop, tokens_BP, length_B, key
+  model: LanguageModel,
+  sampling: Sampling,
+  new_tokens: int,
+  chunk: int,
+  stop,
+  chunks,
+  tokens_BS,
+  length_B,
+  key,
 ):
-  """Reads the prompts and chooses the first token of each."""
-  model: Decoder = nnx.merge(graphdef, params)
-  B, P = tokens_BP.shape
+  """Reads the prompts and chooses the first token of each.
+
+  `chunks` is traced: prompts of any length share one compilation.
+  """
+  B, S = tokens_BS.shape
+
+  def read(i, carry):
+    last_BD, cache = carry
+    start = i * chunk
+    tokens_BC = jax.lax.dynamic_slice_in_dim(tokens_BS, start, chunk, axis=1)
+    positions_BC = jnp.broadcast_to(
+      start + jnp.arange(chunk, dtype=jnp.int32), (B, chunk)
+    )
+    x_BCD, cache = model.hidden(tokens_BC, positions_BC, cache)
+    in_chunk_B = length_B - 1 - start
+    x_BD = x_BCD[jnp.arange(B), jnp.clip(in_chunk_B, 0, chunk - 1)]
+    ends_B = (in_chunk_B >= 0) & (in_chunk_B < chunk)
+    return jnp.where(ends_B[:, None], x_BD, last_BD), cache
+
   # Slots past a row's prompt hold padding until decoding overwrites them;
   # no query sees a slot past its own position.
-  cache = empty_cache(model, B, P + new_tokens)
-  positions_BP = jnp.broadcast_to(jnp.arange(P, dtype=jnp.int32), (B, P))
-  logits_BPV, cache = model(tokens_BP, positions_BP, cache)
-  last_BV = jnp.take_along_axis(
-    logits_BPV, (length_B - 1)[:, None, None], axis=1
-  )[:, 0]
+  last_BD, cache = jax.lax.fori_loop(
+    0,
+    chunks,
+    read,
+    (
+      jnp.zeros((B, model.config.d_model), jnp.float32),
+      model.empty_cache(B, S),
+    ),
+  )
+  last_BV = model.logits(last_BD)
   seen_BV = None
   if sampling.repetition_penalty != 1:
     seen_BV = jnp.zeros(last_BV.shape, bool)
-    seen_BV = seen_BV.at[jnp.arange(B)[:, None], tokens_BP].max(
-      positions_BP < length_B[:, None]
+    seen_BV = seen_BV.at[jnp.arange(B)[:, None], tokens_BS].max(
+      jnp.arange(S) < length_B[:, None]
     )
   carry = _Carry(
     cache=cache,
@@ -104,22 +127,23 @@ def _prefill(
   return _append(model, sampling, stop, carry, last_BV)
 
 
-@functools.partial(jax.jit, static_argnums=(0, 2), donate_argnums=4)
-def _decode(graphdef, params, sampling, stop, carry, ended_B, until):
+@functools.partial(jax.jit, static_argnums=1, donate_argnums=3)
+def _decode(
+  model: LanguageModel, sampling: Sampling, stop, carry, ended_B, until
+):
   """Decodes until each row has `until` tokens or is done.
 
   `until` is traced: pieces of any length share one compilation.
   """
-  model: Decoder = nnx.merge(graphdef, params)
 
   def body(carry):
-    logits_B1V, cache = model(
+    x_B1D, cache = model.hidden(
       carry.token_B[:, None],
       (carry.length_B + carry.n - 1)[:, None],
       carry.cache,
     )
     carry = carry._replace(cache=cache)
-    return _append(model, sampling, stop, carry, logits_B1V[:, 0])
+    return _append(model, sampling, stop, carry, model.logits(x_B1D[:, 0]))
 
   return jax.lax.while_loop(
     lambda carry: (carry.n < until) & ~jnp.all(carry.done_B),
@@ -140,7 +164,7 @@ class Decoding:
 
   def __init__(
     self,
-    model: Decoder,
+    model: LanguageModel,
     prompts: Sequence[Sequence[int]],
     *,
     new_tokens: int,
@@ -151,20 +175,22 @@ class Decoding:
     """Reads the prompts; arguments and errors as of `generate`."""
     _check_prompts(model.config, prompts, new_tokens)
     lengths = [len(prompt) for prompt in prompts]
-    padded = -(-max(lengths) // _PROMPT_MULTIPLE) * _PROMPT_MULTIPLE
-    tokens_BP = np.zeros((len(prompts), padded), np.int32)
+    chunk, slots = _chunk_and_slots(max(lengths), new_tokens)
+    tokens_BS = np.zeros((len(prompts), slots), np.int32)
     for row, prompt in enumerate(prompts):
-      tokens_BP[row, : len(prompt)] = prompt
+      tokens_BS[row, : len(prompt)] = prompt
     self._new_tokens = new_tokens
     self._stop = stop
     self._sampling = sampling
-    self._model = nnx.split(model)
+    self._model = model
     self._carry = _prefill(
-      *self._model,
+      model,
       sampling,
       new_tokens,
+      chunk,
       stop,
-      tokens_BP,
+      np.int32(-(-max(lengths) // chunk)),
+      tokens_BS,
       np.asarray(lengths, np.int32),
       jax.random.key(seed),
     )
@@ -184,7 +210,7 @@ class Decoding:
     """Adds up to `tokens` tokens to each row that is not done."""
     self._until = min(self._until + tokens, self._new_tokens)
     self._carry = _decode(
-      *self._model,
+      self._model,
       self._sampling,
       self._stop,
       self._carry,
@@ -199,7 +225,7 @@ class Decoding:
 
 
 def generate(
-  model: Decoder,
+  model: LanguageModel,
   prompts: Sequence[Sequence[int]],
   *,
   new_tokens: int,

@@ -9,19 +9,20 @@ from typing import NamedTuple
 import jax
 import tokenizers
 
-from tritera_jax.checkpoint import pack, restore
+from tritera_jax.checkpoint import packed_file, restore
 from tritera_jax.data import tokenizer as tokenizer_lib
 from tritera_jax.generate import engine, packed, stopping
 from tritera_jax.generate.sampling import Sampling
 from tritera_jax.model import decoder, quantized
-from tritera_jax.model.decoder import Decoder
+from tritera_jax.model.interface import LanguageModel
+from tritera_kernels.fused import CacheType
 from tritera_kernels.matmul import Activations
 
 _PIECE = 8  # tokens decoded between two looks at the text
 
 
 class Loaded(NamedTuple):
-  model: Decoder
+  model: LanguageModel
   tokenizer: tokenizers.Tokenizer
 
 
@@ -30,6 +31,7 @@ def load(
   *,
   step: int | None = None,
   activations: Activations | None = None,
+  cache: CacheType | None = None,
 ) -> Loaded:
   """Model and tokenizer of a run folder or a packed folder.
 
@@ -37,6 +39,8 @@ def load(
     path: a run's folder (its latents are quantised once), or a packed one.
     step: of a run: which checkpoint; default: the newest.
     activations: of a packed model: 'float' or 'int8'; default: its record's.
+    cache: of a packed model, what keys and values are rounded to: 'bfloat16'
+      (the default), 'int8', or 'float32', which no fast kernel reads.
 
   Raises:
     FileNotFoundError: neither kind of folder, or no such checkpoint.
@@ -47,11 +51,14 @@ def load(
   if (path / 'model.safetensors').exists():
     if step is not None:
       raise ValueError(f'step={step}, but {path} is packed: it has no steps')
-    return Loaded(packed.bind(pack.read(path), activations), tokenizer)
-  if activations is not None:
-    raise ValueError(
-      f'activations={activations!r} is for packed models; pack {path} first'
+    return Loaded(
+      packed.bind(packed_file.read(path), activations, cache), tokenizer
     )
+  for name, value in (('activations', activations), ('cache', cache)):
+    if value is not None:
+      raise ValueError(
+        f'{name}={value!r} is for packed models; pack {path} first'
+      )
   experiment, params = restore.restore_params(path, step)
   effective = jax.jit(quantized.effective_params, static_argnums=0)(
     experiment.model, params

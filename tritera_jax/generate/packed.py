@@ -1,65 +1,199 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A Decoder whose linear layers multiply by packed codes."""
+"""A decoder that computes with packed codes, by the fused operations.
 
-from flax import nnx
-from jaxtyping import Array, Float
+Shapes: B rows, T tokens, M = B T; D width, V padded vocabulary, X width of
+queries, keys and values together.
+"""
 
-from tritera_jax.checkpoint.pack import PackedModel
-from tritera_jax.model.decoder import Block, Decoder
-from tritera_kernels import matmul
+import dataclasses
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float32, Int32
+
+from tritera_jax.checkpoint.packed_file import PackedModel
+from tritera_jax.model import decoder
+from tritera_jax.model.config import ModelConfig
+from tritera_kernels import byte_matrix, fused
+from tritera_kernels.byte_matrix import ByteMatrix
+from tritera_kernels.fused import CacheType, KVCache, LayerWeights, reference
+from tritera_kernels.fused import layers as layers_lib
 from tritera_kernels.matmul import Activations
-from tritera_kernels.packed import PackedTernary
 
 
-class PackedLinear(nnx.Module):
-  """y = ternary_matmul(x, packed); activations are float or int8."""
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class PackedDecoder:
+  """Token ids to logits, in float32: called as a `Decoder` is.
 
-  def __init__(self, packed: PackedTernary, activations: Activations):
-    self.packed = nnx.Param(packed)
-    self.activations = activations
+  One leaf for each layer and matrix: a scanned slice of a stack that feeds a
+  custom call would be copied first, at more than the call's cost.
 
-  def __call__(self, x: Float[Array, '*batch K']) -> Float[Array, '*batch N']:
-    return matmul.ternary_matmul(
-      x, self.packed.get_value(), activations=self.activations
+  Attributes:
+    embed: ByteMatrix, or float32 [V, D].
+    layers: a LayerWeights for each layer.
+    norm: float32 [D].
+    head: ByteMatrix of V rows, or float32 [D, V].
+    config: of the model.
+    activations: of the layers' matmuls; a ByteMatrix takes int8 whatever it
+      is.
+    cache: what keys and values are rounded to.
+  """
+
+  embed: Any
+  layers: Any
+  norm: Any
+  head: Any
+  config: ModelConfig = dataclasses.field(metadata={'static': True})
+  activations: Activations = dataclasses.field(metadata={'static': True})
+  cache: CacheType = dataclasses.field(metadata={'static': True})
+
+  def __call__(
+    self,
+    tokens_BT: Int32[Array, 'B T'],
+    positions_BT: Int32[Array, 'B T'] | None = None,
+    cache: list[KVCache] | None = None,
+  ) -> tuple[Float32[Array, 'B T V'], list[KVCache] | None]:
+    """Logits over the padded vocabulary, and the cache with T more positions.
+
+    Args:
+      tokens_BT: ids below the vocabulary's size.
+      positions_BT: as `Decoder` has them. With a cache, a row's first one
+        counts, and the others are taken to follow it.
+      cache: from `empty_cache`. Without it, keys and values are rounded as
+        with one; but where the config has a document_separator, or positions
+        are given, attention is `jax.nn`'s and rounds nothing.
+    """
+    x_BTD, cache = self.hidden(tokens_BT, positions_BT, cache)
+    return self.logits(x_BTD), cache
+
+  def hidden(
+    self,
+    tokens_BT: Int32[Array, 'B T'],
+    positions_BT: Int32[Array, 'B T'] | None = None,
+    cache: list[KVCache] | None = None,
+  ) -> tuple[Float32[Array, 'B T D'], list[KVCache] | None]:
+    """The residual stream past the last layer; arguments as of a call."""
+    B, T = tokens_BT.shape
+    config = self.config
+    if isinstance(self.embed, ByteMatrix):
+      x_BTD = byte_matrix.rows(self.embed, tokens_BT)
+    else:
+      x_BTD = self.embed[tokens_BT]
+    x_MD = x_BTD.reshape(B * T, -1)
+    statics = {
+      'heads': config.heads,
+      'kv_heads': config.kv_heads,
+      'head_dim': config.head_dim,
+      'theta': config.rope_theta,
+      'epsilon': config.norm_eps,
+      'activations': self.activations,
+    }
+    start_B = jnp.zeros((B,), jnp.int32)
+    if cache is not None:
+      if positions_BT is not None:
+        start_B = positions_BT[:, 0]
+      x_MD, cache = fused.decoder_layers(
+        x_MD, self.layers, cache, start_B, **statics
+      )
+    elif positions_BT is None and config.document_separator is None:
+      x_MD, _ = fused.decoder_layers(
+        x_MD, self.layers, self.empty_cache(B, T), start_B, **statics
+      )
+    else:
+      x_MD, _ = layers_lib.run(
+        fused.norm_matmul,
+        _attention_of_documents(config, tokens_BT, positions_BT),
+        fused.matmul_add,
+        fused.swiglu_matmul_add,
+        x_MD,
+        self.layers,
+        [None] * config.layers,
+        start_B,
+        **statics,
+      )
+    return x_MD.reshape(x_BTD.shape), cache
+
+  def logits(
+    self, x_BTD: Float32[Array, '*batch D']
+  ) -> Float32[Array, '*batch V']:
+    """Logits over the padded vocabulary of what `hidden` returned."""
+    x_MD = x_BTD.reshape(-1, x_BTD.shape[-1])
+    epsilon = self.config.norm_eps
+    if isinstance(self.head, ByteMatrix):
+      y_MV = fused.norm_matmul(
+        x_MD, self.norm, self.head, epsilon=epsilon, activations='int8'
+      )
+    else:
+      y_MV = reference.rms_norm(x_MD, self.norm, epsilon) @ self.head
+    return y_MV.reshape(*x_BTD.shape[:-1], -1)
+
+  def empty_cache(self, rows: int, slots: int) -> list[KVCache]:
+    """A cache for that many rows and positions."""
+    config = self.config
+    return [
+      fused.empty_cache(
+        rows, config.kv_heads, config.head_dim, slots, self.cache
+      )
+      for _ in range(config.layers)
+    ]
+
+
+def _attention_of_documents(config: ModelConfig, tokens_BT, positions_BT):
+  """Takes the place of `fused.attention`: within documents, without a cache."""
+  B, T = tokens_BT.shape
+  documents_BT = decoder.documents(config, tokens_BT)
+  if positions_BT is None:
+    positions_BT = decoder.positions(tokens_BT, documents_BT)
+  same_B1TT = None
+  if documents_BT is not None:
+    same_B1TT = (documents_BT[:, :, None] == documents_BT[:, None])[:, None]
+
+  def attention(qkv_MX, gains, cache, start_B, **statics):
+    del start_B
+    q_BTHh, k_BTGh, v_BTGh = reference.split_heads(
+      qkv_MX.reshape(B, T, -1), gains, positions_BT, **statics
     )
+    y_BTHh = jax.nn.dot_product_attention(
+      q_BTHh, k_BTGh, v_BTGh, mask=same_B1TT, is_causal=True
+    )
+    return y_BTHh.reshape(B * T, -1), cache
+
+  return attention
 
 
-def bind(model: PackedModel, activations: Activations | None = None) -> Decoder:
-  """The module that computes with a packed model, one leaf per layer.
+def bind(
+  model: PackedModel,
+  activations: Activations | None = None,
+  cache: CacheType | None = None,
+) -> PackedDecoder:
+  """The decoder that computes with a packed model.
 
   Args:
-    model: from `checkpoint.pack`.
+    model: from `pack.pack_model` or `packed_file.read`.
     activations: default: the packed model's own record.
+    cache: default: 'bfloat16'.
   """
-  config = model.config
-  activations = activations or model.activations
-  decoder = nnx.eval_shape(lambda: Decoder(config, rngs=nnx.Rngs(params=0)))
-  _set(decoder.embed.embedding, model.rest['embed'])
-  _set(decoder.norm.scale, model.rest['norm'])
-  _set(decoder.head.kernel, model.rest['head'])
+  named = {**model.matrices, **model.rest}
 
-  def block(layer: int) -> Block:
-    block = nnx.eval_shape(lambda: Block(config, rngs=nnx.Rngs(params=0)))
-    for name, norm in _norms(block).items():
-      _set(norm.scale, model.rest[f'layers.{layer}.{name}'])
-    for name in config.linears:
-      part, linear = name.split('.')
-      matrix = model.matrices[f'layers.{layer}.{name}']
-      setattr(getattr(block, part), linear, PackedLinear(matrix, activations))
-    return block
+  def layer(i: int) -> LayerWeights:
+    get = lambda name: named.get(f'layers.{i}.{name}')
+    fields = {name.split('.')[1]: get(name) for name in model.config.linears}
+    return LayerWeights(
+      attention_norm=get('attention_norm'),
+      mlp_norm=get('mlp_norm'),
+      q_gain=get('attention.q_norm'),
+      k_gain=get('attention.k_norm'),
+      **fields,
+    )
 
-  decoder.layers = nnx.List([block(i) for i in range(config.layers)])
-  return decoder
-
-
-def _set(parameter: nnx.Param | None, value: Array):
-  assert parameter is not None  # an nnx.RMSNorm may have no gain; ours do
-  parameter.set_value(value)
-
-
-def _norms(block: Block) -> dict[str, nnx.RMSNorm]:
-  norms = {'attention_norm': block.attention_norm, 'mlp_norm': block.mlp_norm}
-  if block.attention.config.qk_norm:
-    norms['attention.q_norm'] = block.attention.q_norm
-    norms['attention.k_norm'] = block.attention.k_norm
-  return norms
+  return PackedDecoder(
+    embed=named['embed'],
+    layers=[layer(i) for i in range(model.config.layers)],
+    norm=named['norm'],
+    head=named['head'],
+    config=model.config,
+    activations=activations or model.activations,
+    cache=cache or 'bfloat16',
+  )

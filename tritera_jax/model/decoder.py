@@ -60,12 +60,7 @@ class Block(nnx.Module):
 
 
 class Decoder(nnx.Module):
-  """Token ids to logits.
-
-  `layers` is one Block whose leaves are stacked over layers, scanned; or an
-  nnx.List of blocks, unrolled: packed models are, because a scanned slice
-  that feeds a custom call is copied first.
-  """
+  """Token ids to logits. `layers` is one Block, stacked over layers."""
 
   def __init__(self, config: ModelConfig, *, rngs: nnx.Rngs):
     self.config = config
@@ -78,7 +73,7 @@ class Decoder(nnx.Module):
       rngs=rngs,
     )
     keys = jax.random.split(rngs.params(), config.layers)
-    self.layers: Block | nnx.List[Block] = nnx.vmap(
+    self.layers: Block = nnx.vmap(
       lambda key: Block(config, rngs=nnx.Rngs(params=key))
     )(keys)
     self.norm = layers.rms_norm(config, config.d_model, rngs=rngs)
@@ -94,10 +89,10 @@ class Decoder(nnx.Module):
     self,
     tokens_BT: Int32[Array, 'B T'],
     positions_BT: Int32[Array, 'B T'] | None = None,
-    cache: PyTree | None = None,
+    cache: KVCache | None = None,
     *,
     remat: Remat = 'none',
-  ) -> tuple[Float32[Array, 'B T V'], PyTree | None]:
+  ) -> tuple[Float32[Array, 'B T V'], KVCache | None]:
     """Logits over the padded vocabulary, and the cache with T more positions.
 
     Args:
@@ -105,44 +100,67 @@ class Decoder(nnx.Module):
       positions_BT: default: 0..T-1, or from 0 in each document, if the config
         has a document_separator. Documents are told apart in whole sequences
         alone: a row that comes with a cache is one document.
-      cache: one KVCache with leading axis L for scanned layers, a list of L
-        for unrolled ones, or None.
+      cache: with leading axis L, or None.
       remat: what the backward pass of a scanned block computes again:
         'none', 'dots' (all but matmuls' results) or 'block' (everything).
     """
+    x_BTD, cache = self.hidden(tokens_BT, positions_BT, cache, remat=remat)
+    return self.logits(x_BTD), cache
+
+  def hidden(
+    self,
+    tokens_BT: Int32[Array, 'B T'],
+    positions_BT: Int32[Array, 'B T'] | None = None,
+    cache: KVCache | None = None,
+    *,
+    remat: Remat = 'none',
+  ) -> tuple[Float[Array, 'B T D'], KVCache | None]:
+    """The residual stream past the last block; arguments as of a call."""
     documents_BT = None
-    if cache is None and self.config.document_separator is not None:
-      documents_BT = jnp.cumsum(
-        tokens_BT == self.config.document_separator, axis=1, dtype=jnp.int32
-      )
+    if cache is None:
+      documents_BT = documents(self.config, tokens_BT)
     if positions_BT is None:
-      positions_BT = _positions(tokens_BT, documents_BT)
-    x_BTD = self.embed(tokens_BT)
-    if isinstance(self.layers, Block):
-      graphdef, stacked = nnx.split(self.layers)
+      positions_BT = positions(tokens_BT, documents_BT)
+    graphdef, stacked = nnx.split(self.layers)
 
-      def body(x_BTD, layer):
-        params, cache = layer
-        block = nnx.merge(graphdef, params)
-        return block(x_BTD, positions_BT, cache, documents_BT)
+    def body(x_BTD, layer):
+      params, cache = layer
+      block = nnx.merge(graphdef, params)
+      return block(x_BTD, positions_BT, cache, documents_BT)
 
-      if remat != 'none':
-        body = jax.checkpoint(body, policy=_SAVED[remat], prevent_cse=False)
-      x_BTD, cache = jax.lax.scan(body, x_BTD, (stacked, cache))
-    else:
-      caches = [None] * len(self.layers) if cache is None else cache
-      updated = []
-      for block, layer_cache in zip(self.layers, caches, strict=True):
-        x_BTD, layer_cache = block(
-          x_BTD, positions_BT, layer_cache, documents_BT
-        )
-        updated.append(layer_cache)
-      cache = None if cache is None else updated
-    logits_BTV = self.head(self.norm(x_BTD)).astype(jnp.float32)
-    return logits_BTV, cache
+    if remat != 'none':
+      body = jax.checkpoint(body, policy=_SAVED[remat], prevent_cse=False)
+    return jax.lax.scan(body, self.embed(tokens_BT), (stacked, cache))
+
+  def logits(
+    self, x_BTD: Float[Array, '*batch D']
+  ) -> Float32[Array, '*batch V']:
+    """Logits over the padded vocabulary of what `hidden` returned."""
+    return self.head(self.norm(x_BTD)).astype(jnp.float32)
+
+  def empty_cache(self, rows: int, slots: int) -> KVCache:
+    """A cache for that many rows and positions, in the compute dtype."""
+    config = self.config
+    shape = (config.layers, rows, slots, config.kv_heads, config.head_dim)
+    zeros = lambda: jnp.zeros(shape, jnp.dtype(config.dtype))
+    return KVCache(zeros(), zeros())
 
 
-def _positions(tokens_BT, documents_BT) -> Int32[Array, 'B T']:
+def documents(
+  config: ModelConfig, tokens_BT: Int32[Array, 'B T']
+) -> Int32[Array, 'B T'] | None:
+  """The number of each token's document, if the model tells them apart."""
+  if config.document_separator is None:
+    return None
+  return jnp.cumsum(
+    tokens_BT == config.document_separator, axis=1, dtype=jnp.int32
+  )
+
+
+def positions(
+  tokens_BT: Int32[Array, 'B T'], documents_BT: Int32[Array, 'B T'] | None
+) -> Int32[Array, 'B T']:
+  """From 0 in each row, or in each document."""
   position_BT = jnp.broadcast_to(
     jnp.arange(tokens_BT.shape[1], dtype=jnp.int32), tokens_BT.shape
   )

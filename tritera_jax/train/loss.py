@@ -5,16 +5,14 @@ Shapes: B rows, T tokens, V padded vocabulary.
 """
 
 from collections.abc import Iterable
-import functools
 
-from flax import nnx
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Float32, Int32
 import numpy as np
 import optax
 
-from tritera_jax.model.decoder import Decoder
+from tritera_jax.model.interface import LanguageModel
 
 
 def token_losses(
@@ -31,16 +29,16 @@ def squared_log_z(
   return jnp.square(jax.nn.logsumexp(logits_BTV, axis=-1))
 
 
-@functools.partial(jax.jit, static_argnums=0)
-def _weighted_sum(graphdef, state, inputs_BT, targets_BT, weights_BT):
-  logits_BTV, _ = nnx.merge(graphdef, state)(inputs_BT)
+@jax.jit
+def _weighted_sum(model, inputs_BT, targets_BT, weights_BT):
+  logits_BTV, _ = model(inputs_BT)
   losses_BT = token_losses(logits_BTV, targets_BT)
   # A weight of 0 hides even a NaN that a padded row might hold.
   return jnp.sum(jnp.where(weights_BT > 0, losses_BT * weights_BT, 0.0))
 
 
 def total_loss(
-  model: Decoder,
+  model: LanguageModel,
   windows: tuple[
     Int32[np.ndarray, 'W T'],
     Int32[np.ndarray, 'W T'],
@@ -57,10 +55,9 @@ def total_loss(
     batch_size: windows at once; the last batch is filled with weight 0.
     progress: wraps the iterable of batches, as tqdm does.
   """
-  graphdef, state = nnx.split(model)
   total = 0.0
   for batch in progress(list(_batches(windows, batch_size))):
-    total += float(_weighted_sum(graphdef, state, *batch))
+    total += float(_weighted_sum(model, *batch))
   return total
 
 

@@ -8,8 +8,6 @@ from typing import Any
 import jax
 from jaxtyping import Array, Float32, Int32
 
-from tritera_kernels.fused.cache import KVCache
-
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
@@ -45,7 +43,7 @@ def run(
   swiglu_matmul_add: Callable,
   x_MD: Float32[Array, 'M D'],
   layers: Sequence[LayerWeights],
-  caches: Sequence[KVCache],
+  caches: Sequence[Any],
   start_B: Int32[Array, ' B'],
   *,
   heads: int,
@@ -54,12 +52,11 @@ def run(
   theta: float,
   epsilon: float,
   activations: str,
-) -> tuple[Float32[Array, 'M D'], list[KVCache]]:
+) -> tuple[Float32[Array, 'M D'], list[Any]]:
   """The residual stream after every layer, and the caches with T more tokens.
 
   Layer by layer x += attention(norm(x)), x += mlp(norm(x)); the first four
-  arguments compute its parts. `attention` takes caches and starts as they are
-  given here.
+  arguments compute its parts. Caches and starts are `attention`'s affair.
   """
   updated = []
   for layer, cache in zip(layers, caches, strict=True):
