@@ -332,7 +332,7 @@ def run_matmul(
   # As many products in one graph as need some time, so that the start of a
   # graph is not what is measured: in a model a graph holds hundreds.
   chain = min(matrices, max(1, 16 // M))
-  matrices -= matrices % chain
+  matrices = -(-matrices // chain) * chain
   before = resident()
   weights = anonymous(matrices * stride, pages == 'huge')
   for i in range(matrices):
