@@ -270,7 +270,11 @@ def anonymous(size: int, huge: bool) -> np.ndarray:
   memory = mmap.mmap(
     -1, size + HUGE_PAGE, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS
   )
-  memory.madvise(mmap.MADV_HUGEPAGE if huge else mmap.MADV_NOHUGEPAGE)
+  advice = getattr(mmap, 'MADV_HUGEPAGE' if huge else 'MADV_NOHUGEPAGE', None)
+  if advice is not None:
+    memory.madvise(advice)
+  elif huge:
+    raise SystemExit('this platform has no transparent huge pages: --pages 4k')
   array = np.frombuffer(memory, np.uint8)
   start = -array.ctypes.data % HUGE_PAGE
   return array[start : start + size]
