@@ -343,7 +343,6 @@ def run_matmul(
     weights[i * stride : i * stride + matrix.nbytes] = matrix.ravel()
   after = {key: round(now - before[key], 1) for key, now in resident().items()}
   x = rng.standard_normal((M, K), np.float32)
-  y = np.empty((M, N), np.float32)
 
   nodes = 2 * matrices + 1
   graphs = matrices // chain
@@ -361,11 +360,9 @@ def run_matmul(
     return tensor
 
   # ggml wants 32-byte alignment, which NumPy does not promise.
-  aligned = anonymous(x.nbytes + y.nbytes + 64, False)
-  x_at = aligned[: x.nbytes].view(np.float32).reshape(x.shape)
-  y_from = -(-x.nbytes // 64) * 64
-  y = aligned[y_from : y_from + y.nbytes].view(np.float32).reshape(y.shape)
+  x_at = anonymous(x.nbytes, False).view(np.float32).reshape(x.shape)
   x_at[:] = x
+  y = anonymous(4 * M * N, False).view(np.float32).reshape(M, N)
   f32 = 0
   inputs = placed(base.ggml_new_tensor_2d(context, f32, K, M), x_at)
   ready = []
