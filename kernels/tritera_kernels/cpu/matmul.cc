@@ -18,6 +18,7 @@ constexpr int kTokenBlock = 256;
 // A chunk of one token's work; prefetching reaches about one chunk ahead.
 constexpr size_t kChunkBytes = 16384;
 constexpr int kPanelRows = 32;  // decoded at once for several tokens
+constexpr int kMostRows = 512;  // of a chunk
 constexpr int kFloatRows = 64;  // see avx512_inline.h
 // Work below this (bytes of weights times tokens) is not worth a helper.
 constexpr size_t kAlone = 32768;
@@ -38,7 +39,7 @@ int rows_a_chunk(const Matrix& matrix, bool int8, int tokens) {
   if (!int8) return kFloatRows;
   if (tokens > 1) return kPanelRows;
   const size_t rows = kChunkBytes / matrix.row_bytes() / 4 * 4;
-  return static_cast<int>(std::clamp<size_t>(rows, 4, 512));
+  return static_cast<int>(std::clamp<size_t>(rows, 4, kMostRows));
 }
 
 const float* row_scales(const Matrix& m, int64_t first, int rows, float* out) {
@@ -58,7 +59,7 @@ void scale_and_store(const Matrix& m, const Prepared& x, const Sum* sums,
   const Planes planes = m.planes();
   constexpr bool int8 = std::is_integral_v<Sum>;
   const size_t at = token * out.stride + first;
-  float* y = out.y + at;
+  float y[kMostRows];  // not out.y yet, which may be the residual
   const size_t segment = static_cast<size_t>(x.count) * rows;
   auto value = [&](int s, int r) {
     Sum sum = sums[s * segment + static_cast<size_t>(token) * rows + r];
@@ -77,6 +78,7 @@ void scale_and_store(const Matrix& m, const Prepared& x, const Sum* sums,
     for (int r = 0; r < rows; ++r) y[r] *= x.scale[token];
   if (out.residual)
     for (int r = 0; r < rows; ++r) y[r] = out.residual[at + r] + y[r];
+  std::copy_n(y, rows, out.y + at);
 }
 
 void multiply_chunk(const Kernel& kernel, const Product& product,
