@@ -68,7 +68,9 @@ def test_eval_pack_generate_and_doctor(
     '--activations', 'int8',
   )  # fmt: skip
   assert code == 0 and 'nats/token' in out
-  code, out, _ = run(capsys, 'pack', tiny_run, '--format', 'base_three')
+  code, out, _ = run(
+    capsys, 'pack', tiny_run, '--format', 'base_three', '--head', 'float'
+  )
   assert code == 0 and 'bits/weight' in out and 'trits1:' in out
   code, out, _ = run(
     capsys, 'generate', tiny_run, '--prompt', 'def ', '--new-tokens', 4

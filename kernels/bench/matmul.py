@@ -11,18 +11,13 @@ that none is in a cache when its turn comes, unless --smoke.
 """
 
 import argparse
-import datetime
-import importlib.metadata
 import json
-import os
-from pathlib import Path
-import platform
-import sys
 import time
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+import record
 
 from tritera_kernels import formats, packed
 from tritera_kernels.matmul import api
@@ -38,19 +33,6 @@ SHAPES = {
   '3.9b_down': (3072, 9216),
 }
 CACHE_BYTES = 2**28
-
-
-def machine() -> str:
-  """The processor by its own name, its threads, and what JAX runs on."""
-  # platform.processor() is 'x86_64' or nothing on Linux.
-  cpuinfo = Path('/proc/cpuinfo')
-  lines = cpuinfo.read_text().splitlines() if cpuinfo.exists() else []
-  names = [line.split(': ')[1] for line in lines if 'model name' in line]
-  processor = (names or [platform.processor() or platform.machine()])[0]
-  return (
-    f'{processor}, {os.cpu_count()} threads; '
-    f'{jax.device_count()} x {jax.devices()[0].device_kind}'
-  )
 
 
 def timed(function, arguments: list, calls: int) -> list[float]:
@@ -129,19 +111,7 @@ def main():
   if options.smoke:
     options.shapes, options.m, options.calls = ['small'], [1], 3
 
-  print(
-    json.dumps(
-      {
-        'command': ' '.join(sys.argv),
-        'date': datetime.date.today().isoformat(),
-        'machine': machine(),
-        'python': platform.python_version(),
-        **{
-          p: importlib.metadata.version(p) for p in ('jax', 'jaxlib', 'numpy')
-        },
-      }
-    )
-  )
+  print(json.dumps(record.header()))
   rng = np.random.default_rng(0)
   for shape in options.shapes:
     N, K = SHAPES[shape]
@@ -158,9 +128,7 @@ def main():
           json.dumps(
             {
               'shape': shape, 'N': N, 'K': K, 'M': M, 'name': name,
-              'median_ms': round(1e3 * median, 4),
-              'min_ms': round(1e3 * min(seconds), 4),
-              'max_ms': round(1e3 * max(seconds), 4),
+              **record.spread(seconds),
               'weights_gb_per_s': round(weight_bytes / median / 1e9, 3),
               'times_dense': round(dense / median, 3),
             }

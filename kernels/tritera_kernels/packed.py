@@ -191,7 +191,7 @@ _CHECKED_ROWS = 512
 
 
 @functools.cache
-def _tables(format: str) -> tuple[bytes, np.ndarray]:
+def byte_tables(format: str) -> tuple[bytes, np.ndarray]:
   """Of a format, the bytes that can occur, and the codes [256, a byte]."""
   layout = formats.get(format)
   every = jnp.arange(256, dtype=jnp.uint8)
@@ -202,7 +202,7 @@ def _tables(format: str) -> tuple[bytes, np.ndarray]:
 
 def _check_bytes(rows: np.ndarray, first: int, packed: PackedTernary):
   """Tests the bytes of some rows, of which `first` is the number."""
-  valid, codes = _tables(packed.format)
+  valid, codes = byte_tables(packed.format)
   # `bytes.translate` looks up a byte faster than an index of NumPy.
   if rows.tobytes().translate(None, valid):
     wrong = ~np.isin(rows, np.frombuffer(valid, np.uint8))
@@ -213,12 +213,11 @@ def _check_bytes(rows: np.ndarray, first: int, packed: PackedTernary):
     )
   start = filler_start(packed.format, packed.shape[1], packed.segments)
   segments = rows.reshape(len(rows), packed.segments, -1)[..., start:]
-  planes = np.moveaxis(codes[segments], -1, -2)  # [rows, segments, plane, byte]
+  planes = np.moveaxis(codes[segments], -1, -2)
   # The input that plane j of byte p is of.
   width = rows.shape[1] // packed.segments
-  input_jp = width * np.arange(codes.shape[1])[:, None] + np.arange(
-    start, width
-  )
+  plane_j1 = np.arange(codes.shape[1])[:, None]
+  input_jp = width * plane_j1 + np.arange(start, width)
   if planes[..., input_jp >= packed.shape[1] // packed.segments].any():
     raise ValueError('data has codes other than 0 past the end of a segment')
 

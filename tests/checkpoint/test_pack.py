@@ -1,9 +1,11 @@
 # SPDX-License-Identifier: Apache-2.0
 import dataclasses
+import hashlib
 import json
 import shutil
 import struct
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -12,7 +14,7 @@ import safetensors.numpy
 
 from tests.ternary import oracle
 from tritera_jax.checkpoint import pack, packed_file, restore
-from tritera_kernels import fingerprint, packed
+from tritera_kernels import byte_matrix, fingerprint, packed
 
 FORMATS = ['two_bit', 'base_three']
 
@@ -130,6 +132,110 @@ def test_a_file_cut_short_or_with_a_lying_header_is_refused(folder):
     packed_file.read(folder)
 
 
+@pytest.fixture
+def rounded(tiny_run, tmp_path):
+  """A packed folder with an int8 head."""
+  experiment, params = restore.restore_params(tiny_run)
+  model = pack.pack_model(
+    experiment.model, params, format='base_three', activations='int8'
+  )
+  assert model.head == 'int8'
+  packed_file.write(model, tmp_path / 'int8', tiny_run / 'tokenizer.json')
+  return tmp_path / 'int8', params
+
+
+def test_an_int8_head_is_the_latents_to_half_a_step(rounded):
+  folder, params = rounded
+  model = packed_file.read(folder)
+  assert model.head == model.activations == 'int8'
+  for name, w_VD in (
+    ('embed', np.asarray(params['embed']['embedding'])),
+    ('head', np.asarray(params['head']['kernel']).T),
+  ):
+    error = np.abs(byte_matrix.dequantize(model.rest[name]) - w_VD)
+    step = np.abs(w_VD).max(axis=1, keepdims=True) / 127
+    assert (error <= 0.501 * step).all() and error.max() > 0
+
+
+@pytest.mark.parametrize(
+  ('tensor', 'value', 'message'),
+  [
+    ('head.packed', 0, r'head: data\[0, 0\]=0 is no weight'),
+    ('embed.scale', np.nan, r'embed: scale\[0\]=nan must be finite'),
+    ('embed.packed', 255, 'bytes_digest .* the file is damaged'),
+  ],
+)
+def test_a_damaged_int8_head_is_refused(rounded, tensor, value, message):
+  folder, _ = rounded
+  array = rewrite(folder)[tensor].copy()
+  assert array.flat[0] != value
+  array.flat[0] = value
+  rewrite(folder, tensors={tensor: array})
+  with pytest.raises(ValueError, match=message):
+    packed_file.read(folder)
+
+
+def test_the_head_is_float_or_int8_as_the_caller_says(tiny_run):
+  experiment, params = restore.restore_params(tiny_run)
+  for activations, head in (('int8', 'float'), ('float', 'int8')):
+    model = pack.pack_model(
+      experiment.model,
+      params,
+      format='two_bit',
+      activations=activations,
+      head=head,
+    )
+    assert (model.activations, model.head) == (activations, head)
+
+
+def test_a_file_of_version_1_is_read_and_its_fingerprint_proved(folder):
+  want = packed_file.read(folder)
+  file = folder / 'model.safetensors'
+  with safetensors.safe_open(file, framework='np') as opened:
+    metadata = opened.metadata()
+    arrays = {name: opened.get_tensor(name) for name in opened.keys()}  # noqa: SIM118
+  del metadata['head'], metadata['bytes_digest']
+  metadata['version'] = '1'
+  safetensors.numpy.save_file(arrays, file, metadata)
+  got = packed_file.read(folder)
+  assert got.head == 'float'
+  jax.tree.map(
+    np.testing.assert_array_equal,
+    (got.matrices, got.rest),
+    (want.matrices, want.rest),
+  )
+  metadata['fingerprint'] = 'trits1:00'
+  safetensors.numpy.save_file(arrays, file, metadata)
+  with pytest.raises(ValueError, match='its metadata says trits1:00; the file'):
+    packed_file.read(folder)
+
+
+def test_the_bytes_digest_is_the_documented_bytes(folder):
+  with safetensors.safe_open(
+    folder / 'model.safetensors', framework='np'
+  ) as opened:
+    metadata = opened.metadata()
+    names = sorted(opened.keys(), key=str.encode)
+    stream = metadata['fingerprint'].encode() + b'\0'
+    for name in names:
+      stream += name.encode() + b'\0' + opened.get_tensor(name).tobytes()
+  assert hashlib.sha256(stream).hexdigest() == metadata['bytes_digest']
+
+
+def test_what_is_read_lies_where_it_was_read_to(folder, monkeypatch):
+  """On a CPU: one copy in memory, aligned for vectors."""
+  filled = []
+  fill = packed_file._fill
+  monkeypatch.setattr(
+    packed_file, '_fill', lambda *a: filled.append(fill(*a)) or filled[0]
+  )
+  model = packed_file.read(folder)
+  addresses = {view.ctypes.data for view in filled[0].values()}
+  leaves = jax.tree.leaves((model.matrices, model.rest))
+  assert {leaf.unsafe_buffer_pointer() for leaf in leaves} == addresses
+  assert all(address % 64 == 0 for address in addresses)
+
+
 def test_only_a_finite_ternary_model_is_packed(tiny_run):
   experiment, params = restore.restore_params(tiny_run)
   twin = dataclasses.replace(experiment.model, family='float')
@@ -148,4 +254,5 @@ def test_the_metadata_is_what_the_docstring_says(tiny_run):
     assert opened.get_slice(Q).get_shape() == [48, 10]
   assert metadata['kind'] == 'tritera-packed'
   assert metadata['layout_version'] == '1'
+  assert (metadata['version'], metadata['head']) == ('2', 'float')
   assert json.loads(metadata['model'])['d_model'] == 48

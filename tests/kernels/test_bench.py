@@ -1,17 +1,31 @@
 # SPDX-License-Identifier: Apache-2.0
+import dataclasses
 import json
 from pathlib import Path
 import runpy
 import sys
 
-BENCH = Path(__file__).parents[2] / 'kernels' / 'bench' / 'matmul.py'
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from tritera_jax.generate.packed import bind
+from tritera_kernels import packed
+
+BENCH = Path(__file__).parents[2] / 'kernels' / 'bench'
+
+
+def lines_of(script, monkeypatch, capsys):
+  monkeypatch.setattr(sys, 'argv', [script, '--smoke'])
+  monkeypatch.syspath_prepend(BENCH)
+  runpy.run_path(str(BENCH / script), run_name='__main__')
+  head, *rows = map(json.loads, capsys.readouterr().out.splitlines())
+  assert {'command', 'date', 'machine', 'python', 'jax', 'jaxlib'} <= set(head)
+  return rows
 
 
 def test_every_line_says_what_was_timed_and_how(monkeypatch, capsys):
-  monkeypatch.setattr(sys, 'argv', [str(BENCH), '--smoke'])
-  runpy.run_path(str(BENCH), run_name='__main__')
-  head, *rows = map(json.loads, capsys.readouterr().out.splitlines())
-  assert {'command', 'date', 'machine', 'python', 'jax', 'jaxlib'} <= set(head)
+  rows = lines_of('matmul.py', monkeypatch, capsys)
   assert [row['name'] for row in rows] == [
     'dense float32',
     'dense bfloat16',
@@ -24,3 +38,26 @@ def test_every_line_says_what_was_timed_and_how(monkeypatch, capsys):
   ]
   for row in rows:
     assert row['min_ms'] <= row['median_ms'] <= row['max_ms']
+
+
+def test_decode_times_rows_positions_and_a_prompt(monkeypatch, capsys):
+  model, *rows = lines_of('decode.py', monkeypatch, capsys)
+  assert model['format'] == 'two_bit' and model['head'] == 'int8'
+  assert [(row['name'], row['rows']) for row in rows] == [
+    ('decode', 1), ('decode', 2), ('prefill', 1),
+  ]  # fmt: skip
+  for row in rows:
+    assert row['min_ms'] <= row['median_ms'] <= row['max_ms']
+
+
+@pytest.mark.parametrize('head', ['int8', 'float'])
+@pytest.mark.parametrize('format', ['two_bit', 'base_three'])
+def test_a_random_model_is_a_valid_one(monkeypatch, format, head):
+  monkeypatch.syspath_prepend(BENCH)
+  bench = runpy.run_path(str(BENCH / 'decode.py'))
+  config = dataclasses.replace(bench['SMOKE'], scale_blocks=2, qk_norm=True)
+  model = bench['random_packed_model'](config, format, head)
+  for matrix in model.matrices.values():
+    packed.check(matrix)
+  logits, _ = bind(model)(jnp.arange(7, dtype=jnp.int32)[None])
+  assert np.isfinite(logits).all() and 0.1 < logits.std() < 10

@@ -11,6 +11,7 @@ JAX takes an aligned view without a copy and keeps a reference to it, and the
 view one to the arena: it lives as long as any array of it.
 """
 
+import contextlib
 import mmap
 
 import jax
@@ -38,10 +39,8 @@ class Arena:
       flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS,
     )
     if hasattr(mmap, 'MADV_HUGEPAGE'):
-      try:
+      with contextlib.suppress(OSError):  # a system built without them
         memory.madvise(mmap.MADV_HUGEPAGE)
-      except OSError:
-        pass  # a kernel without them
     whole = np.frombuffer(memory, np.uint8)
     start = -whole.ctypes.data % _HUGE_PAGE
     self._free = whole[start : start + nbytes]

@@ -51,9 +51,8 @@ def load(
   if (path / 'model.safetensors').exists():
     if step is not None:
       raise ValueError(f'step={step}, but {path} is packed: it has no steps')
-    return Loaded(
-      packed.bind(packed_file.read(path), activations, cache), tokenizer
-    )
+    model = packed.bind(packed_file.read(path), activations, cache)
+    return Loaded(model, tokenizer)
   for name, value in (('activations', activations), ('cache', cache)):
     if value is not None:
       raise ValueError(

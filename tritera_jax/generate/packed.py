@@ -102,15 +102,18 @@ class PackedDecoder:
         x_MD, self.layers, self.empty_cache(B, T), start_B, **statics
       )
     else:
+      documents_BT = decoder.documents(config, tokens_BT)
+      if positions_BT is None:
+        positions_BT = decoder.positions(tokens_BT, documents_BT)
       x_MD, _ = layers_lib.run(
         fused.norm_matmul,
-        _attention_of_documents(config, tokens_BT, positions_BT),
+        _attention_of_documents,
         fused.matmul_add,
         fused.swiglu_matmul_add,
         x_MD,
         self.layers,
         [None] * config.layers,
-        start_B,
+        (positions_BT, documents_BT),
         **statics,
       )
     return x_MD.reshape(x_BTD.shape), cache
@@ -140,27 +143,19 @@ class PackedDecoder:
     ]
 
 
-def _attention_of_documents(config: ModelConfig, tokens_BT, positions_BT):
-  """Takes the place of `fused.attention`: within documents, without a cache."""
-  B, T = tokens_BT.shape
-  documents_BT = decoder.documents(config, tokens_BT)
-  if positions_BT is None:
-    positions_BT = decoder.positions(tokens_BT, documents_BT)
+def _attention_of_documents(qkv_MX, gains, cache, places, **statics):
+  """In the place of `fused.attention`: within documents, without a cache."""
+  positions_BT, documents_BT = places
+  q_BTHh, k_BTGh, v_BTGh = reference.split_heads(
+    qkv_MX.reshape(*positions_BT.shape, -1), gains, positions_BT, **statics
+  )
   same_B1TT = None
   if documents_BT is not None:
     same_B1TT = (documents_BT[:, :, None] == documents_BT[:, None])[:, None]
-
-  def attention(qkv_MX, gains, cache, start_B, **statics):
-    del start_B
-    q_BTHh, k_BTGh, v_BTGh = reference.split_heads(
-      qkv_MX.reshape(B, T, -1), gains, positions_BT, **statics
-    )
-    y_BTHh = jax.nn.dot_product_attention(
-      q_BTHh, k_BTGh, v_BTGh, mask=same_B1TT, is_causal=True
-    )
-    return y_BTHh.reshape(B * T, -1), cache
-
-  return attention
+  y_BTHh = jax.nn.dot_product_attention(
+    q_BTHh, k_BTGh, v_BTGh, mask=same_B1TT, is_causal=True
+  )
+  return y_BTHh.reshape(len(qkv_MX), -1), cache
 
 
 def bind(

@@ -3,10 +3,11 @@
 
 from collections.abc import Callable, Sequence
 import dataclasses
+import functools
 from typing import Any
 
 import jax
-from jaxtyping import Array, Float32, Int32
+from jaxtyping import Array, Float32
 
 
 @jax.tree_util.register_dataclass
@@ -44,50 +45,56 @@ def run(
   x_MD: Float32[Array, 'M D'],
   layers: Sequence[LayerWeights],
   caches: Sequence[Any],
-  start_B: Int32[Array, ' B'],
-  *,
-  heads: int,
-  kv_heads: int,
-  head_dim: int,
-  theta: float,
-  epsilon: float,
-  activations: str,
+  start: Any,
+  **statics,
 ) -> tuple[Float32[Array, 'M D'], list[Any]]:
   """The residual stream after every layer, and the caches with T more tokens.
 
-  Layer by layer x += attention(norm(x)), x += mlp(norm(x)); the first four
-  arguments compute its parts. Caches and starts are `attention`'s affair.
+  `_layer` after `_layer`, whose parts the first four arguments compute; they
+  are traced once for all layers of one shape, so give the same functions
+  again. Caches and `start` are `attention`'s affair. `statics` as of
+  `api.decoder_layers`.
   """
+  parts = (norm_matmul, attention, matmul_add, swiglu_matmul_add)
   updated = []
   for layer, cache in zip(layers, caches, strict=True):
-    qkv_MX = norm_matmul(
-      x_MD,
-      layer.attention_norm,
-      (layer.q, layer.k, layer.v),
-      epsilon=epsilon,
-      activations=activations,
-    )
-    y_MA, cache = attention(
-      qkv_MX,
-      layer.gains,
-      cache,
-      start_B,
-      heads=heads,
-      kv_heads=kv_heads,
-      head_dim=head_dim,
-      theta=theta,
-      epsilon=epsilon,
+    x_MD, cache = _layer(
+      parts, tuple(sorted(statics.items())), x_MD, layer, cache, start
     )
     updated.append(cache)
-    x_MD = matmul_add(y_MA, layer.o, x_MD, activations=activations)
-    gate_up_M2F = norm_matmul(
-      x_MD,
-      layer.mlp_norm,
-      (layer.gate, layer.up),
-      epsilon=epsilon,
-      activations=activations,
-    )
-    x_MD = swiglu_matmul_add(
-      gate_up_M2F, layer.down, x_MD, activations=activations
-    )
   return x_MD, updated
+
+
+@functools.partial(jax.jit, static_argnums=(0, 1))
+def _layer(
+  parts: tuple[Callable, ...],
+  statics: tuple[tuple[str, Any], ...],
+  x_MD: Float32[Array, 'M D'],
+  layer: LayerWeights,
+  cache: Any,
+  start: Any,
+) -> tuple[Float32[Array, 'M D'], Any]:
+  """x += attention(norm(x)), then x += mlp(norm(x))."""
+  norm_matmul, attention, matmul_add, swiglu_matmul_add = parts
+  shape = dict(statics)
+  epsilon, activations = shape['epsilon'], shape.pop('activations')
+  qkv_MX = norm_matmul(
+    x_MD,
+    layer.attention_norm,
+    (layer.q, layer.k, layer.v),
+    epsilon=epsilon,
+    activations=activations,
+  )
+  y_MA, cache = attention(qkv_MX, layer.gains, cache, start, **shape)
+  x_MD = matmul_add(y_MA, layer.o, x_MD, activations=activations)
+  gate_up_M2F = norm_matmul(
+    x_MD,
+    layer.mlp_norm,
+    (layer.gate, layer.up),
+    epsilon=epsilon,
+    activations=activations,
+  )
+  x_MD = swiglu_matmul_add(
+    gate_up_M2F, layer.down, x_MD, activations=activations
+  )
+  return x_MD, cache
