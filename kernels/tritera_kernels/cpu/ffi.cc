@@ -32,8 +32,10 @@ ffi::Error read_matrix(ffi::AnyBuffer data, ffi::AnyBuffer scale,
                   std::to_string(matrix->outputs) + " x " +
                   std::to_string(inputs));
   // Past this an int32 sum could overflow.
-  if (inputs > int64_t{1} << 22)
-    return refuse("K = " + std::to_string(inputs) + " exceeds 2^22");
+  const int64_t most = format == kByte ? 1 << 16 : 1 << 22;
+  if (inputs > most)
+    return refuse("K = " + std::to_string(inputs) + " exceeds " +
+                  std::to_string(most));
   if (d.back() != static_cast<int64_t>(matrix->row_bytes()))
     return refuse("packed rows of " + std::to_string(d.back()) +
                   " bytes, wanted " + std::to_string(matrix->row_bytes()));

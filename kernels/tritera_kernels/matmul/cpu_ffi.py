@@ -9,21 +9,25 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from tritera_kernels.byte_matrix import ByteMatrix
 from tritera_kernels.cpu import library
 from tritera_kernels.dispatch import Implementation
 from tritera_kernels.matmul import reference
 from tritera_kernels.packed import PackedTernary
 
-MOST_INPUTS = 2**22  # int32 sums of int8 products hold more, with digits to 2
+# Sums of int8 products stay within int32 (cpu/ffi.cc, read_matrix).
+MOST_INPUTS = 2**22
+MOST_BYTE_INPUTS = 2**16
 
 
 def refuses(*operands, **statics) -> str | None:
   """Why the C++ kernels cannot serve a call with these operands."""
   del statics
-  is_packed = lambda node: isinstance(node, PackedTernary)
-  for node in jax.tree.leaves(operands, is_leaf=is_packed):
-    if is_packed(node) and node.shape[1] > MOST_INPUTS:
-      return f'K={node.shape[1]} exceeds {MOST_INPUTS}'
+  most = {PackedTernary: MOST_INPUTS, ByteMatrix: MOST_BYTE_INPUTS}
+  is_matrix = lambda node: type(node) in most
+  for node in jax.tree.leaves(operands, is_leaf=is_matrix):
+    if is_matrix(node) and node.shape[1] > most[type(node)]:
+      return f'K={node.shape[1]} exceeds {most[type(node)]}'
   return library.why_missing()
 
 
