@@ -1,8 +1,81 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Two source roots, which setup.cfg's find: cannot say."""
+"""Two source roots, which setup.cfg's find: cannot say, and the C++ kernels.
 
-from setuptools import find_packages, setup
+The kernels are a plain shared library: no Python in it, loaded by ctypes. Its
+files for one instruction set carry that in their names and get its flags; the
+library chooses among them at run time, so a wheel runs on any processor of
+its architecture. Without a compiler the installation succeeds without it.
+"""
+
+import os
+from pathlib import Path
+import platform
+
+from setuptools import Extension, find_packages, setup
+from setuptools.command.build_ext import build_ext
+
+SOURCES = Path('kernels/tritera_kernels/cpu')
+AVX512 = '-mavx2 -mfma -mavx512f -mavx512bw -mavx512vl -mavx512dq -mavx512vnni'
+# By the parts of a file's name; the last that occurs counts.
+FLAGS = {
+  'x86_64': {
+    'avx2': '-mavx2 -mfma -mf16c',
+    'avx512': AVX512,
+    'vbmi': f'{AVX512} -mavx512vbmi',
+    'amx': f'{AVX512} -mavx512vbmi -mamx-tile -mamx-int8',
+  },
+  'aarch64': {
+    'neon': '-march=armv8.2-a+dotprod',
+    'i8mm': '-march=armv8.2-a+dotprod+i8mm',
+  },
+}
+# Products are rounded before they are added, as the reference does.
+COMMON = (
+  '-std=c++17 -O3 -ffp-contract=off -fno-math-errno -fvisibility=hidden -Wall '
+  # gcc 12 believes its own intrinsics uninitialised.
+  '-Wno-maybe-uninitialized -Wno-uninitialized'
+)
+
+
+class BuildKernels(build_ext):
+  """Compiles each file with its own flags."""
+
+  def get_ext_filename(self, fullname):
+    return os.path.join(*fullname.split('.')) + '.so'  # whichever Python's
+
+  def build_extension(self, ext):
+    import jaxlib  # a build requirement, for its headers
+
+    flags = FLAGS.get(platform.machine().replace('arm64', 'aarch64'), {})
+    objects = []
+    for source in ext.sources:
+      own = [f for part, f in flags.items() if part in Path(source).stem]
+      objects += self.compiler.compile(
+        [source],
+        output_dir=self.build_temp,
+        include_dirs=[str(SOURCES)],
+        extra_postargs=[
+          *COMMON.split(),
+          *(own[-1].split() if own else ()),
+          '-isystem',
+          str(Path(jaxlib.__file__).parent / 'include'),
+        ],
+      )
+    self.compiler.link_shared_object(
+      objects, self.get_ext_fullpath(ext.name), target_lang='c++'
+    )
+
 
 setup(
-  packages=find_packages(include=['tritera_jax*']) + find_packages('kernels')
+  packages=find_packages(include=['tritera_jax*']) + find_packages('kernels'),
+  cmdclass={'build_ext': BuildKernels},
+  ext_modules=[
+    Extension(
+      'tritera_kernels.cpu.libtritera',
+      sorted(str(path) for path in SOURCES.glob('*.cc')),
+      depends=sorted(str(path) for path in SOURCES.glob('*.h')),
+      language='c++',
+      optional=True,
+    )
+  ],
 )

@@ -18,11 +18,11 @@ import jax
 import numpy as np
 import record
 
-from tritera_jax.checkpoint import arena, packed_file
+from tritera_jax.checkpoint import packed_file
 from tritera_jax.generate import engine
 from tritera_jax.generate import packed as packed_decoder
 from tritera_jax.model.config import ModelConfig
-from tritera_kernels import packed
+from tritera_kernels import arena, packed
 
 CONFIG = ModelConfig(
   family='ternary',

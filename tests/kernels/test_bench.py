@@ -29,10 +29,12 @@ def test_every_line_says_what_was_timed_and_how(monkeypatch, capsys):
   assert [row['name'] for row in rows] == [
     'dense float32',
     'dense bfloat16',
-    'reference two_bit float',
-    'reference two_bit int8',
-    'reference base_three float',
-    'reference base_three int8',
+    *(
+      f'{implementation} {format} {activations}'
+      for format in ('two_bit', 'base_three')
+      for implementation in ('cpu_ffi', 'reference')
+      for activations in ('float', 'int8')
+    ),
   ]
   for row in rows:
     assert row['min_ms'] <= row['median_ms'] <= row['max_ms']

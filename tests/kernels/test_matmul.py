@@ -85,7 +85,11 @@ def test_it_lowers_for_machines_that_are_not_here(platform):
   ('arguments', 'error', 'message'),
   [
     ({'activations': 'int4'}, ValueError, "activations='int4' must be"),
-    ({'implementation': 'none'}, ValueError, r"known: \['reference'\]"),
+    (
+      {'implementation': 'none'},
+      ValueError,
+      r"known: \['cpu_ffi', 'reference'\]",
+    ),
     ({'x': jnp.ones((2, 39))}, ValueError, 'must be the K=40 inputs'),
     ({'x': jnp.ones((2, 40), jnp.int32)}, TypeError, 'x is int32; cast it'),
   ],
@@ -248,7 +252,7 @@ def test_a_fault_in_a_kernel_is_not_taken_for_a_refusal(monkeypatch):
 
 def test_the_doctor_finds_a_wrong_kernel(monkeypatch):
   text, healthy = doctor.report()
-  assert healthy and text.count(' ok') == 4
+  assert healthy and text.count(' ok') == 8
   # Reads planes as neighbours: a round trip through its own pack would pass.
   shuffled = lambda x, packed, activations: reference.run(
     x[:, ::-1], packed, activations

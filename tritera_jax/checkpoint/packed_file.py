@@ -38,8 +38,8 @@ import pydantic
 import safetensors
 import safetensors.numpy
 
-from tritera_jax.checkpoint import arena as arena_lib
 from tritera_jax.model.config import ModelConfig
+from tritera_kernels import arena as arena_lib
 from tritera_kernels import byte_matrix, fingerprint, formats, packed
 from tritera_kernels.byte_matrix import ByteMatrix
 from tritera_kernels.matmul import Activations

@@ -31,7 +31,9 @@ struct Planes {
   size_t plane;   // bytes rounded up to a multiple of 64
 
   size_t segment() const { return planes * plane; }  // values of a segment
-  size_t token() const { return segments * segment(); }
+  // From token to token: a line more, or tokens of 2^n inputs would fall into
+  // the same sets of a cache.
+  size_t token() const { return segments * segment() + 64; }
 };
 
 // Rows of one packed segment. Bytes past `bytes` must not be read.
@@ -53,7 +55,7 @@ struct Tokens {
 
 // A kernel may use `scratch`: 64-byte aligned, of at least this many bytes.
 inline size_t scratch_bytes(const Planes& planes, int rows) {
-  return (rows + 63) / 64 * 64 * planes.segment() + 4096;
+  return (rows + 63) / 64 * 64 * (planes.segment() + 64) + 4096;
 }
 
 struct Ops;  // ops.h
@@ -67,9 +69,10 @@ struct Kernel {
   // of at most 4 eps sum |code * x|, where eps = 2^-23. two_bit and base_three.
   void (*dot_float[2])(const Rows& rows, const Tokens<float>& tokens,
                        float* sums, uint8_t* scratch);
-  // Matrix tiles, or null. `interleave` copies tokens of `length` bytes (a
-  // multiple of 64) for `dot_tiles`: `out` holds tokens rounded up to 32.
-  void (*interleave)(const int8_t* x, size_t length, int tokens, int8_t* out);
+  // Matrix tiles, or null. `interleave` copies `length` bytes (a multiple of
+  // 64) of each token for `dot_tiles`: `out` holds tokens rounded up to 32.
+  void (*interleave)(const int8_t* x, size_t token, size_t length, int tokens,
+                     int8_t* out);
   void (*dot_tiles[kFormats])(const Rows& rows, const int8_t* interleaved,
                               size_t plane, int tokens, int32_t* sums,
                               uint8_t* scratch);
@@ -84,5 +87,9 @@ const Kernel* avx2_kernel();
 const Kernel* avx512_kernel();
 const Kernel* amx_kernel();
 const Kernel* neon_kernel();
+const Kernel* neon_i8mm_kernel();
+
+// Whether this process may use AMX's tiles; asks the system for it.
+bool amx_allowed();
 
 }  // namespace tritera

@@ -30,8 +30,13 @@ def aligned(nbytes: int) -> int:
 class Arena:
   """Memory for a known number of bytes, handed out from its start."""
 
-  def __init__(self, nbytes: int):
-    """`nbytes`: the sum of `aligned` over what is to be taken."""
+  def __init__(self, nbytes: int, *, huge_pages: bool = True):
+    """An arena of zeros.
+
+    Args:
+      nbytes: the sum of `aligned` over what is to be taken.
+      huge_pages: False asks for usual pages, to compare.
+    """
     # MAP_SHARED, mmap's default, gets no huge pages.
     memory = mmap.mmap(
       -1,
@@ -40,7 +45,9 @@ class Arena:
     )
     if hasattr(mmap, 'MADV_HUGEPAGE'):
       with contextlib.suppress(OSError):  # a system built without them
-        memory.madvise(mmap.MADV_HUGEPAGE)
+        memory.madvise(
+          mmap.MADV_HUGEPAGE if huge_pages else mmap.MADV_NOHUGEPAGE
+        )
     whole = np.frombuffer(memory, np.uint8)
     start = -whole.ctypes.data % _HUGE_PAGE
     self._free = whole[start : start + nbytes]

@@ -6,7 +6,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from tritera_jax.checkpoint import arena as arena_lib
+from tritera_kernels import arena as arena_lib
 
 
 def test_jax_reads_the_same_memory_and_keeps_it():

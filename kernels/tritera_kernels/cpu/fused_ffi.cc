@@ -1,0 +1,369 @@
+// SPDX-License-Identifier: Apache-2.0
+// tritera_kernels.fused as XLA custom calls.
+#include <algorithm>
+#include <vector>
+
+#include "decoder.h"
+#include "dispatch.h"
+#include "ffi.h"
+
+namespace tritera {
+namespace {
+
+using S32 = ffi::Buffer<ffi::S32>;
+
+// Positional arguments of a call, checked one after another; the first error
+// stays.
+class Arguments {
+ public:
+  explicit Arguments(ffi::RemainingArgs args) : args_(args) {}
+
+  // A float32 vector of n values.
+  const float* vector(int64_t n) {
+    const ffi::AnyBuffer b = next();
+    if (b.element_type() != ffi::F32 ||
+        static_cast<int64_t>(b.element_count()) != n)
+      fail("argument " + std::to_string(at_) + " of shape " +
+           shape_of(b.dimensions()) + ", wanted float32 [" +
+           std::to_string(n) + "]");
+    return static_cast<const float*>(b.untyped_data());
+  }
+
+  Matrix matrix(int64_t format, bool along_inputs, int64_t inputs) {
+    const ffi::AnyBuffer data = next();
+    const ffi::AnyBuffer scale = next();
+    Matrix m{};
+    if (ffi::Error e =
+            read_matrix(data, scale, format, along_inputs, inputs, &m);
+        e.failure() && error_.success())
+      error_ = std::move(e);
+    return m;
+  }
+
+  ffi::AnyBuffer next() {
+    // An absent one: the error is reported before it is read.
+    static XLA_FFI_Buffer none{};
+    auto arg = args_.get<ffi::AnyBuffer>(at_++);
+    if (arg.has_value()) return *arg;
+    fail("too few arguments");
+    return ffi::AnyBuffer(&none);
+  }
+
+  void fail(const std::string& what) {
+    if (error_.success()) error_ = refuse(what);
+  }
+  bool failed() const { return error_.failure(); }
+  ffi::Error error() { return std::move(error_); }
+
+ private:
+  ffi::RemainingArgs args_;
+  size_t at_ = 0;
+  ffi::Error error_ = ffi::Error::Success();
+};
+
+ffi::Error check_rank2(const F32& x, const char* name) {
+  if (x.dimensions().size() == 2) return ffi::Error::Success();
+  return refuse(std::string(name) + " of shape " + shape_of(x.dimensions()) +
+                ", wanted a matrix");
+}
+
+ffi::Error norm_matmul(ffi::ThreadPool pool, F32 x, F32 gain,
+                       ffi::RemainingArgs rest, F32Result y, int64_t format,
+                       bool along_inputs, bool int8, float epsilon) {
+  if (auto e = check_rank2(x, "x"); e.failure()) return e;
+  const int64_t M = x.dimensions()[0], K = x.dimensions()[1];
+  const int count = static_cast<int>(rest.size() / 2);
+  if (rest.size() % 2 || count < 1 || count > 3)
+    return refuse("1 to 3 matrices, each data and scale");
+  Arguments arguments(rest);
+  Matrix matrices[3];
+  int64_t N = 0;
+  for (int i = 0; i < count; ++i) {
+    matrices[i] = arguments.matrix(format, along_inputs, K);
+    N += matrices[i].outputs;
+  }
+  if (static_cast<int64_t>(gain.element_count()) != K)
+    arguments.fail("gain of shape " + shape_of(gain.dimensions()));
+  if (static_cast<int64_t>(y->element_count()) != M * N)
+    arguments.fail("result of shape " + shape_of(y->dimensions()));
+  for (int i = 1; i < count && !arguments.failed(); ++i)
+    if (matrices[i].planes().segments != matrices[0].planes().segments)
+      arguments.fail("matrices of one x differ in their scale blocks");
+  if (arguments.failed()) return arguments.error();
+  const Helpers helpers = helpers_of(pool);
+  Team team(helpers);
+  norm_multiply(team, active_kernel(), M, int8, x.typed_data(),
+                gain.typed_data(), epsilon, matrices, count, y->typed_data());
+  return ffi::Error::Success();
+}
+
+// Both matmuls that add to a residual; `wide` is K or 2 K.
+ffi::Error add_matmul(ffi::ThreadPool& pool, const F32& x,
+                      ffi::AnyBuffer& data, ffi::AnyBuffer& scale,
+                      const F32& residual, F32Result& y, int64_t format,
+                      bool along_inputs, bool int8, int halves) {
+  if (auto e = check_rank2(x, "x"); e.failure()) return e;
+  if (auto e = check_rank2(residual, "residual"); e.failure()) return e;
+  const int64_t M = x.dimensions()[0], K = x.dimensions()[1] / halves;
+  Matrix matrix;
+  if (auto e = read_matrix(data, scale, format, along_inputs, K, &matrix);
+      e.failure())
+    return e;
+  if (residual.dimensions()[0] != M ||
+      residual.dimensions()[1] != matrix.outputs ||
+      y->element_count() != residual.element_count())
+    return refuse("residual of shape " + shape_of(residual.dimensions()) +
+                  " beside x of " + shape_of(x.dimensions()));
+  const Helpers helpers = helpers_of(pool);
+  Team team(helpers);
+  auto* run = halves == 2 ? swiglu_multiply_add : multiply_add;
+  run(team, active_kernel(), M, int8, x.typed_data(), matrix,
+      residual.typed_data(), y->typed_data());
+  return ffi::Error::Success();
+}
+
+ffi::Error matmul_add(ffi::ThreadPool pool, F32 x, ffi::AnyBuffer data,
+                      ffi::AnyBuffer scale, F32 residual, F32Result y,
+                      int64_t format, bool along_inputs, bool int8) {
+  return add_matmul(pool, x, data, scale, residual, y, format, along_inputs,
+                    int8, 1);
+}
+
+ffi::Error swiglu_matmul_add(ffi::ThreadPool pool, F32 gate_up,
+                             ffi::AnyBuffer data, ffi::AnyBuffer scale,
+                             F32 residual, F32Result y, int64_t format,
+                             bool along_inputs, bool int8) {
+  return add_matmul(pool, gate_up, data, scale, residual, y, format,
+                    along_inputs, int8, 2);
+}
+
+// Where a cache lies among results that alias its arguments.
+ffi::Error read_cache(ffi::RemainingRets& results, size_t first, bool int8,
+                      int64_t rows, AttentionShape* shape, Cache* cache) {
+  const size_t wanted = int8 ? 4 : 2;
+  std::vector<ffi::Result<ffi::AnyBuffer>> part;
+  for (size_t i = 0; i < wanted; ++i) {
+    auto result = results.get<ffi::AnyBuffer>(first + i);
+    if (!result.has_value()) return refuse("too few results for a cache");
+    part.push_back(*result);
+  }
+  const auto k = part[0]->dimensions(), v = part[1]->dimensions();
+  const int64_t G = shape->kv_heads, h = shape->width;
+  const auto type = int8 ? ffi::S8 : ffi::BF16;
+  const bool fits = k.size() == 4 && v.size() == 4 && k[0] == rows &&
+                    k[1] == G && k[2] == h && v[0] == rows && v[1] == G &&
+                    v[2] == k[3] && v[3] == h && k[3] % 64 == 0 &&
+                    part[0]->element_type() == type &&
+                    part[1]->element_type() == type;
+  if (!fits)
+    return refuse("cache of keys " + shape_of(k) + ", values " + shape_of(v));
+  shape->type = int8 ? kInt8 : kBfloat16;
+  shape->slots = k[3];
+  *cache = {part[0]->untyped_data(), part[1]->untyped_data(), nullptr, nullptr};
+  if (int8) {
+    for (int i = 2; i < 4; ++i)
+      if (part[i]->element_type() != ffi::F32 ||
+          static_cast<int64_t>(part[i]->element_count()) != rows * G * k[3])
+        return refuse("cache scales of shape " +
+                      shape_of(part[i]->dimensions()));
+    cache->k_scale = static_cast<float*>(part[2]->untyped_data());
+    cache->v_scale = static_cast<float*>(part[3]->untyped_data());
+  }
+  return ffi::Error::Success();
+}
+
+ffi::Error check_batch(const AttentionShape& shape, const Batch& batch,
+                       int64_t tokens) {
+  if (shape.heads < 1 || shape.kv_heads < 1 || shape.width < 2 ||
+      shape.width % 2 || shape.heads % shape.kv_heads)
+    return refuse("heads that do not fit");
+  if (batch.rows < 1 || tokens % batch.rows)
+    return refuse(std::to_string(tokens) + " tokens in " +
+                  std::to_string(batch.rows) + " rows");
+  // Values, not shapes: what a caller's mistake would write out of bounds.
+  for (int64_t b = 0; b < batch.rows; ++b)
+    if (batch.start[b] < 0 || batch.start[b] + batch.tokens > shape.slots)
+      return refuse("row " + std::to_string(b) + " has " +
+                    std::to_string(batch.tokens) + " tokens from position " +
+                    std::to_string(batch.start[b]) + ", the cache " +
+                    std::to_string(shape.slots) + " slots");
+  return ffi::Error::Success();
+}
+
+// Arguments: the cache's arrays, which the results after y alias.
+ffi::Error attend(ffi::ThreadPool pool, F32 qkv, F32 q_gain, F32 k_gain,
+                  S32 start, ffi::RemainingArgs, F32Result y,
+                  ffi::RemainingRets caches, int64_t heads, int64_t kv_heads,
+                  int64_t width, float theta, float epsilon, bool int8_cache) {
+  if (auto e = check_rank2(qkv, "qkv"); e.failure()) return e;
+  AttentionShape shape{static_cast<int>(heads), static_cast<int>(kv_heads),
+                       static_cast<int>(width), theta, epsilon, kBfloat16, 0};
+  const int64_t M = qkv.dimensions()[0];
+  const int64_t B = start.element_count();
+  Cache cache;
+  if (auto e = read_cache(caches, 0, int8_cache, B, &shape, &cache);
+      e.failure())
+    return e;
+  const Batch batch{B, B ? M / B : 0, start.typed_data()};
+  if (auto e = check_batch(shape, batch, M); e.failure()) return e;
+  const int64_t gains = q_gain.element_count();
+  if (qkv.dimensions()[1] != shape.qkv() ||
+      static_cast<int64_t>(y->element_count()) != M * heads * width ||
+      (gains && gains != width) ||
+      q_gain.element_count() != k_gain.element_count())
+    return refuse("qkv of shape " + shape_of(qkv.dimensions()) + ", result " +
+                  shape_of(y->dimensions()) + ", gains " +
+                  shape_of(q_gain.dimensions()));
+  const Helpers helpers = helpers_of(pool);
+  Team team(helpers);
+  attention(team, active_kernel(), batch, shape, qkv.typed_data(),
+            gains ? q_gain.typed_data() : nullptr,
+            gains ? k_gain.typed_data() : nullptr, cache, y->typed_data());
+  return ffi::Error::Success();
+}
+
+// All layers in one call. Arguments, a layer: attention_norm, q, k, v, o,
+// mlp_norm, gate, up, down (a matrix is data and scale), with `gains` q_gain
+// and k_gain; then every layer's cache arrays, which the results after x alias.
+ffi::Error decoder_layers(ffi::ThreadPool pool, F32 x, S32 start,
+                          ffi::RemainingArgs rest, F32Result y,
+                          ffi::RemainingRets caches, int64_t layers,
+                          int64_t heads, int64_t kv_heads, int64_t width,
+                          float theta, float epsilon, int64_t format,
+                          bool out_along_inputs, bool int8, bool gains,
+                          bool int8_cache) {
+  if (auto e = check_rank2(x, "x"); e.failure()) return e;
+  AttentionShape shape{static_cast<int>(heads), static_cast<int>(kv_heads),
+                       static_cast<int>(width), theta, epsilon, kBfloat16, 0};
+  const int64_t M = x.dimensions()[0], D = x.dimensions()[1];
+  const int64_t B = start.element_count();
+  const Batch batch{B, B ? M / B : 0, start.typed_data()};
+  Arguments arguments(rest);
+  std::vector<LayerWeights> weights(layers);
+  std::vector<Cache> cache(layers);
+  for (int64_t i = 0; i < layers; ++i) {
+    LayerWeights& w = weights[i];
+    w.attention_norm = arguments.vector(D);
+    w.q = arguments.matrix(format, false, D);
+    w.k = arguments.matrix(format, false, D);
+    w.v = arguments.matrix(format, false, D);
+    w.o = arguments.matrix(format, out_along_inputs, heads * width);
+    w.mlp_norm = arguments.vector(D);
+    w.gate = arguments.matrix(format, false, D);
+    w.up = arguments.matrix(format, false, D);
+    if (arguments.failed()) return arguments.error();
+    w.down = arguments.matrix(format, out_along_inputs, w.gate.outputs);
+    w.q_gain = gains ? arguments.vector(width) : nullptr;
+    w.k_gain = gains ? arguments.vector(width) : nullptr;
+    if (w.q.outputs != heads * width || w.k.outputs != kv_heads * width ||
+        w.v.outputs != w.k.outputs || w.o.outputs != D ||
+        w.up.outputs != w.gate.outputs || w.down.outputs != D)
+      arguments.fail("matrices of layer " + std::to_string(i));
+    if (arguments.failed()) return arguments.error();
+    if (auto e = read_cache(caches, i * (int8_cache ? 4 : 2), int8_cache, B,
+                            &shape, &cache[i]);
+        e.failure())
+      return e;
+    if (auto e = check_batch(shape, batch, M); e.failure()) return e;
+  }
+  if (y->element_count() != x.element_count())
+    return refuse("result of shape " + shape_of(y->dimensions()));
+  if (y->typed_data() != x.typed_data())
+    std::copy_n(x.typed_data(), x.element_count(), y->typed_data());
+  const Helpers helpers = helpers_of(pool);
+  Team team(helpers);
+  const Kernel& kernel = active_kernel();
+  for (int64_t i = 0; i < layers; ++i)
+    layer(team, kernel, batch, shape, int8, weights[i], cache[i],
+          y->typed_data());
+  return ffi::Error::Success();
+}
+
+}  // namespace
+}  // namespace tritera
+
+#define TRITERA_EXPORT __attribute__((visibility("default")))
+
+extern "C" {
+TRITERA_EXPORT XLA_FFI_Error* tritera_norm_matmul(XLA_FFI_CallFrame*);
+TRITERA_EXPORT XLA_FFI_Error* tritera_matmul_add(XLA_FFI_CallFrame*);
+TRITERA_EXPORT XLA_FFI_Error* tritera_swiglu_matmul_add(XLA_FFI_CallFrame*);
+TRITERA_EXPORT XLA_FFI_Error* tritera_attention(XLA_FFI_CallFrame*);
+TRITERA_EXPORT XLA_FFI_Error* tritera_decoder_layers(XLA_FFI_CallFrame*);
+}
+
+namespace ffi = xla::ffi;
+
+XLA_FFI_DEFINE_HANDLER_SYMBOL(tritera_norm_matmul, tritera::norm_matmul,
+                              ffi::Ffi::Bind()
+                                  .Ctx<ffi::ThreadPool>()
+                                  .Arg<tritera::F32>()
+                                  .Arg<tritera::F32>()
+                                  .RemainingArgs()
+                                  .Ret<tritera::F32>()
+                                  .Attr<int64_t>("format")
+                                  .Attr<bool>("along_inputs")
+                                  .Attr<bool>("int8")
+                                  .Attr<float>("epsilon"));
+
+XLA_FFI_DEFINE_HANDLER_SYMBOL(tritera_matmul_add, tritera::matmul_add,
+                              ffi::Ffi::Bind()
+                                  .Ctx<ffi::ThreadPool>()
+                                  .Arg<tritera::F32>()
+                                  .Arg<ffi::AnyBuffer>()
+                                  .Arg<ffi::AnyBuffer>()
+                                  .Arg<tritera::F32>()
+                                  .Ret<tritera::F32>()
+                                  .Attr<int64_t>("format")
+                                  .Attr<bool>("along_inputs")
+                                  .Attr<bool>("int8"));
+
+XLA_FFI_DEFINE_HANDLER_SYMBOL(tritera_swiglu_matmul_add,
+                              tritera::swiglu_matmul_add,
+                              ffi::Ffi::Bind()
+                                  .Ctx<ffi::ThreadPool>()
+                                  .Arg<tritera::F32>()
+                                  .Arg<ffi::AnyBuffer>()
+                                  .Arg<ffi::AnyBuffer>()
+                                  .Arg<tritera::F32>()
+                                  .Ret<tritera::F32>()
+                                  .Attr<int64_t>("format")
+                                  .Attr<bool>("along_inputs")
+                                  .Attr<bool>("int8"));
+
+XLA_FFI_DEFINE_HANDLER_SYMBOL(tritera_attention, tritera::attend,
+                              ffi::Ffi::Bind()
+                                  .Ctx<ffi::ThreadPool>()
+                                  .Arg<tritera::F32>()
+                                  .Arg<tritera::F32>()
+                                  .Arg<tritera::F32>()
+                                  .Arg<tritera::S32>()
+                                  .RemainingArgs()
+                                  .Ret<tritera::F32>()
+                                  .RemainingRets()
+                                  .Attr<int64_t>("heads")
+                                  .Attr<int64_t>("kv_heads")
+                                  .Attr<int64_t>("width")
+                                  .Attr<float>("theta")
+                                  .Attr<float>("epsilon")
+                                  .Attr<bool>("int8_cache"));
+
+XLA_FFI_DEFINE_HANDLER_SYMBOL(tritera_decoder_layers, tritera::decoder_layers,
+                              ffi::Ffi::Bind()
+                                  .Ctx<ffi::ThreadPool>()
+                                  .Arg<tritera::F32>()
+                                  .Arg<tritera::S32>()
+                                  .RemainingArgs()
+                                  .Ret<tritera::F32>()
+                                  .RemainingRets()
+                                  .Attr<int64_t>("layers")
+                                  .Attr<int64_t>("heads")
+                                  .Attr<int64_t>("kv_heads")
+                                  .Attr<int64_t>("width")
+                                  .Attr<float>("theta")
+                                  .Attr<float>("epsilon")
+                                  .Attr<int64_t>("format")
+                                  .Attr<bool>("out_along_inputs")
+                                  .Attr<bool>("int8")
+                                  .Attr<bool>("gains")
+                                  .Attr<bool>("int8_cache"));

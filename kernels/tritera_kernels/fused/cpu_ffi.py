@@ -1,0 +1,232 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The fused operations by the C++ kernels, as XLA FFI custom calls.
+
+`decoder_layers` is one call for all layers. It runs the very functions that
+the others run, in the order of `layers.run`: the bits are equal. Caches are
+results that alias their arguments, so they are written in place where the
+caller donates them or carries them through a loop.
+"""
+
+from collections.abc import Sequence
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from tritera_kernels.byte_matrix import ByteMatrix
+from tritera_kernels.cpu import library
+from tritera_kernels.dispatch import Implementation
+from tritera_kernels.fused.cache import KVCache
+from tritera_kernels.fused.layers import LayerWeights
+from tritera_kernels.matmul import cpu_ffi
+from tritera_kernels.packed import PackedTernary
+
+
+def _struct(*shape: int) -> jax.ShapeDtypeStruct:
+  return jax.ShapeDtypeStruct(shape, jnp.float32)
+
+
+def _matrix_statics(matrix: PackedTernary | ByteMatrix, activations: str):
+  packed = isinstance(matrix, PackedTernary)
+  return {
+    'format': np.int64(library.FORMATS[matrix.format if packed else 'byte']),
+    'along_inputs': packed and matrix.segments > 1,
+    'int8': activations == 'int8',
+  }
+
+
+def norm_matmul(x_MD, gain_D, matrices, *, epsilon: float, activations: str):
+  """See `api.norm_matmul`."""
+  library.load()
+  if isinstance(matrices, ByteMatrix):
+    matrices = (matrices,)
+  N = sum(matrix.data.shape[0] for matrix in matrices)
+  return jax.ffi.ffi_call('tritera_norm_matmul', _struct(x_MD.shape[0], N))(
+    x_MD,
+    gain_D,
+    *(part for matrix in matrices for part in (matrix.data, matrix.scale)),
+    epsilon=np.float32(epsilon),
+    **_matrix_statics(matrices[0], activations),
+  )
+
+
+def _norm_refuses(x_MD, gain_D, matrices, **statics) -> str | None:
+  if not isinstance(matrices, ByteMatrix):
+    if not 1 <= len(matrices) <= 3:
+      return f'takes 1 to 3 matrices, not {len(matrices)}'
+    if len({(matrix.format, matrix.segments) for matrix in matrices}) > 1:
+      return 'the matrices differ in format or in scale blocks along inputs'
+  return cpu_ffi.refuses(x_MD, gain_D, matrices, **statics)
+
+
+def _add(target: str, x, matrix: PackedTernary, residual_MN, activations: str):
+  library.load()
+  return jax.ffi.ffi_call(target, _struct(*residual_MN.shape))(
+    x,
+    matrix.data,
+    matrix.scale,
+    residual_MN,
+    **_matrix_statics(matrix, activations),
+  )
+
+
+def matmul_add(x_MK, matrix, residual_MN, *, activations: str):
+  """See `api.matmul_add`."""
+  return _add('tritera_matmul_add', x_MK, matrix, residual_MN, activations)
+
+
+def swiglu_matmul_add(gate_up_M2F, matrix, residual_MN, *, activations: str):
+  """See `api.swiglu_matmul_add`."""
+  return _add(
+    'tritera_swiglu_matmul_add', gate_up_M2F, matrix, residual_MN, activations
+  )
+
+
+def _head_statics(heads, kv_heads, head_dim, theta, epsilon, cache: KVCache):
+  return {
+    'heads': np.int64(heads),
+    'kv_heads': np.int64(kv_heads),
+    'width': np.int64(head_dim),
+    'theta': np.float32(theta),
+    'epsilon': np.float32(epsilon),
+    'int8_cache': cache.k.dtype == jnp.int8,
+  }
+
+
+def attention(
+  qkv_MX,
+  gains,
+  cache: KVCache,
+  start_B,
+  *,
+  heads: int,
+  kv_heads: int,
+  head_dim: int,
+  theta: float,
+  epsilon: float,
+):
+  """See `api.attention`."""
+  library.load()
+  leaves, structure = jax.tree.flatten(cache)
+  q_gain, k_gain = gains or (jnp.zeros(0), jnp.zeros(0))
+  first = 4  # arguments before the cache
+  y_MA, *leaves = jax.ffi.ffi_call(
+    'tritera_attention',
+    (
+      _struct(qkv_MX.shape[0], heads * head_dim),
+      *(jax.ShapeDtypeStruct(leaf.shape, leaf.dtype) for leaf in leaves),
+    ),
+    input_output_aliases={first + i: 1 + i for i in range(len(leaves))},
+  )(
+    qkv_MX,
+    q_gain,
+    k_gain,
+    start_B,
+    *leaves,
+    **_head_statics(heads, kv_heads, head_dim, theta, epsilon, cache),
+  )
+  return y_MA, jax.tree.unflatten(structure, leaves)
+
+
+def _reads(cache: KVCache) -> str | None:
+  if cache.k.dtype not in (jnp.bfloat16, jnp.int8):
+    return f'reads caches of bfloat16 or int8, not {cache.k.dtype}'
+  return library.why_missing()
+
+
+def _attention_refuses(qkv_MX, gains, cache, start_B, **statics) -> str | None:
+  del qkv_MX, gains, start_B, statics
+  return _reads(cache)
+
+
+def _layer_arguments(layer: LayerWeights):
+  for part in (
+    layer.attention_norm, layer.q, layer.k, layer.v, layer.o,
+    layer.mlp_norm, layer.gate, layer.up, layer.down,
+    *(layer.gains or ()),
+  ):  # fmt: skip
+    if isinstance(part, PackedTernary):
+      yield from (part.data, part.scale)
+    else:
+      yield part
+
+
+def decoder_layers(
+  x_MD,
+  layers: Sequence[LayerWeights],
+  caches: Sequence[KVCache],
+  start_B,
+  *,
+  heads: int,
+  kv_heads: int,
+  head_dim: int,
+  theta: float,
+  epsilon: float,
+  activations: str,
+):
+  """See `api.decoder_layers`."""
+  library.load()
+  weights = [a for layer in layers for a in _layer_arguments(layer)]
+  leaves, structure = jax.tree.flatten(list(caches))
+  first = 2 + len(weights)  # arguments before the caches
+  x_MD, *leaves = jax.ffi.ffi_call(
+    'tritera_decoder_layers',
+    (
+      _struct(*x_MD.shape),
+      *(jax.ShapeDtypeStruct(leaf.shape, leaf.dtype) for leaf in leaves),
+    ),
+    input_output_aliases={first + i: 1 + i for i in range(len(leaves))},
+  )(
+    x_MD,
+    start_B,
+    *weights,
+    *leaves,
+    layers=np.int64(len(layers)),
+    format=np.int64(library.FORMATS[layers[0].q.format]),
+    out_along_inputs=layers[0].o.segments > 1,
+    int8=activations == 'int8',
+    gains=layers[0].gains is not None,
+    **_head_statics(heads, kv_heads, head_dim, theta, epsilon, caches[0]),
+  )
+  return x_MD, jax.tree.unflatten(structure, leaves)
+
+
+def _layers_refuse(x_MD, layers, caches, start_B, **statics) -> str | None:
+  if not layers:
+    return 'there are no layers'
+  kinds = {
+    (
+      layer.q.format,
+      layer.o.segments > 1,
+      layer.down.segments > 1,
+      layer.gains is not None,
+      *(getattr(layer, n).segments for n in ('q', 'k', 'v', 'gate', 'up')),
+      cache.k.dtype,
+    )
+    for layer, cache in zip(layers, caches, strict=True)
+  }
+  if len(kinds) > 1:
+    return 'the layers differ in format, scale axes, norms or cache'
+  _, o, down, _, *segments, _ = kinds.pop()
+  if o != down or set(segments) != {1}:
+    return 'scale blocks lie along other axes than a decoder has them'
+  return _reads(caches[0]) or cpu_ffi.refuses(x_MD, layers, **statics)
+
+
+def _implementation(run, refuses) -> Implementation:
+  return Implementation(
+    'cpu_ffi',
+    run,
+    platforms=('cpu',),
+    formats=('two_bit', 'base_three'),
+    refuses=refuses,
+  )
+
+
+CPU_FFI = {
+  'norm_matmul': _implementation(norm_matmul, _norm_refuses),
+  'matmul_add': _implementation(matmul_add, cpu_ffi.refuses),
+  'swiglu_matmul_add': _implementation(swiglu_matmul_add, cpu_ffi.refuses),
+  'attention': _implementation(attention, _attention_refuses),
+  'decoder_layers': _implementation(decoder_layers, _layers_refuse),
+}

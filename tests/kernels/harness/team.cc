@@ -1,0 +1,145 @@
+// SPDX-License-Identifier: Apache-2.0
+// The team of parallel.h with threads as helpers: late, absent, too many.
+#include <atomic>
+#include <chrono>
+#include <condition_variable>
+#include <cstdio>
+#include <deque>
+#include <mutex>
+#include <random>
+#include <thread>
+#include <vector>
+
+#include "harness.h"
+#include "parallel.h"
+
+namespace {
+
+// Runs tasks on `threads` threads, each after a random delay of up to
+// `delay_us`; on none of them where threads = 0: then they run at the end.
+class Pool {
+ public:
+  Pool(int threads, int delay_us) {
+    for (int i = 0; i < threads; ++i)
+      threads_.emplace_back([this, i, delay_us] { loop(i, delay_us); });
+  }
+  ~Pool() {
+    {
+      std::lock_guard<std::mutex> lock(mutex_);
+      closed_ = true;
+    }
+    wake_.notify_all();
+    for (std::thread& thread : threads_) thread.join();
+    while (!tasks_.empty()) {
+      tasks_.front()();
+      tasks_.pop_front();
+    }
+  }
+  void schedule(std::function<void()> task) {
+    {
+      std::lock_guard<std::mutex> lock(mutex_);
+      tasks_.push_back(std::move(task));
+    }
+    wake_.notify_one();
+  }
+
+ private:
+  void loop(int seed, int delay_us) {
+    std::minstd_rand random(seed + 1);
+    for (;;) {
+      std::function<void()> task;
+      {
+        std::unique_lock<std::mutex> lock(mutex_);
+        wake_.wait(lock, [this] { return closed_ || !tasks_.empty(); });
+        if (tasks_.empty()) return;
+        task = std::move(tasks_.front());
+        tasks_.pop_front();
+      }
+      if (delay_us > 0) {
+        std::this_thread::sleep_for(
+            std::chrono::microseconds(random() % delay_us));
+      }
+      task();
+    }
+  }
+
+  std::mutex mutex_;
+  std::condition_variable wake_;
+  std::deque<std::function<void()>> tasks_;
+  std::vector<std::thread> threads_;
+  bool closed_ = false;
+};
+
+// Phases of random numbers of chunks, each chunk writing plain memory that the
+// caller and the chunks of the next phase read.
+long phases(Pool& pool, int threads, int count, int most, unsigned seed) {
+  tritera::Helpers helpers;
+  helpers.threads = threads;
+  helpers.schedule = [&pool](std::function<void()> task) {
+    pool.schedule(std::move(task));
+  };
+  tritera::Team team(helpers);
+  std::minstd_rand random(seed);
+  std::vector<long> before(most, 0), now(most, 0);
+  long wrong = 0;
+  for (int phase = 0; phase < count; ++phase) {
+    const int chunks = random() % (most + 1);
+    const int work = random() % 64;
+    const std::vector<long> old = now;
+    team.run(chunks, [&](int chunk) {
+      long spin = before[(chunk + 1) % most];
+      for (int i = 0; i < work; ++i) spin += i;
+      volatile long sink = spin;
+      (void)sink;
+      now[chunk] += chunk + phase;
+    });
+    for (int i = 0; i < most; ++i)
+      wrong += now[i] != old[i] + (i < chunks ? i + phase : 0);
+    before = now;
+  }
+  return wrong;
+}
+
+}  // namespace
+
+bool test_team(int scale) {
+  struct Case {
+    const char* what;
+    int pool, threads, delay_us, count, most;
+  };
+  const Case cases[] = {
+      {"no helpers", 0, 0, 0, 100, 40},
+      {"one helper", 1, 1, 0, 4000, 40},
+      {"more threads than cores", 7, 7, 0, 400, 300},
+      {"late helpers", 3, 3, 3000, 1000, 30},
+      {"more tasks than threads", 1, 5, 500, 1000, 50},
+      {"helpers that never start", 0, 3, 0, 1000, 50},
+      {"more helpers than a team takes", 2, 100, 0, 20, 500},
+  };
+  bool good = true;
+  for (const Case& c : cases) {
+    long wrong = 0;
+    for (int i = 0; i < 4; ++i) {
+      Pool pool(c.pool, c.delay_us);
+      wrong += phases(pool, c.threads, c.count * scale, c.most, i + 1);
+    }
+    std::printf("team: %-32s %s\n", c.what, wrong ? "WRONG" : "ok");
+    good = good && wrong == 0;
+  }
+  // Many calls at the same time on one small pool.
+  std::atomic<long> wrong{0};
+  {
+    Pool pool(2, 100);
+    std::vector<std::thread> callers;
+    for (int i = 0; i < 4; ++i) {
+      callers.emplace_back([&pool, &wrong, i, scale] {
+        for (int call = 0; call < 50 * scale; ++call)
+          wrong += phases(pool, 2, 10, 20, 100 * i + call + 1);
+      });
+    }
+    for (std::thread& caller : callers) caller.join();
+  }
+  std::printf("team: %-32s %s\n", "four callers, one pool",
+              wrong ? "WRONG" : "ok");
+  return good && wrong == 0;
+}
