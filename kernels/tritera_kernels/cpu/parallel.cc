@@ -92,7 +92,7 @@ Team::~Team() {
 }
 
 int Team::workers() const {
-  return std::min(kMaxWorkers, helpers_.threads + 1);
+  return std::clamp(helpers_.threads, 0, kMaxWorkers - 1) + 1;
 }
 
 void Team::start() {
