@@ -5,6 +5,7 @@
 
 #include <algorithm>
 #include <cstdint>
+#include <thread>
 
 #if defined(__x86_64__)
 #include <immintrin.h>
@@ -42,6 +43,7 @@ struct Team::State {
   struct alignas(64) Run {
     std::atomic<uint64_t> word{0};
   };
+  const std::thread::id caller = std::this_thread::get_id();
   int workers;
   Run runs[kMaxWorkers];
   alignas(64) std::atomic<uint64_t> phase{0};
@@ -70,6 +72,8 @@ struct Team::State {
   }
 
   void help(int me) {
+    // A pool whose queue is full runs a task at once, in the caller.
+    if (std::this_thread::get_id() == caller) return;
     uint64_t seen = 0;
     int spins = 0;
     while (!over.load(std::memory_order_acquire)) {
