@@ -108,6 +108,9 @@ void Team::start() {
 }
 
 void Team::run(int chunks, const std::function<void(int)>& f) {
+  constexpr int kMost = kMask;  // that the word of a run can count
+  for (; chunks > kMost; chunks -= kMost)
+    run(kMost, [&](int chunk) { f(chunks - kMost + chunk); });
   if (chunks <= 1 || workers() == 1) {
     for (int i = 0; i < chunks; ++i) f(i);
     return;
