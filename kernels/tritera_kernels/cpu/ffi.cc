@@ -2,7 +2,8 @@
 // ternary_matmul as an XLA custom call.
 #include "ffi.h"
 
-#include <vector>
+#include <limits>
+#include <utility>
 
 #include "dispatch.h"
 
@@ -19,23 +20,25 @@ ffi::Error read_matrix(ffi::AnyBuffer data, ffi::AnyBuffer scale,
     return refuse("packed data of shape " + shape_of(d) + " is no uint8 matrix");
   if (scale.element_type() != ffi::F32 || s.size() < 1 || s.back() < 1)
     return refuse("scale of shape " + shape_of(s) + " is no float32 vector");
-  *matrix = {static_cast<Format>(format),
-             static_cast<const uint8_t*>(data.untyped_data()),
-             static_cast<const float*>(scale.untyped_data()),
-             d[d.size() - 2],
-             inputs,
-             static_cast<int>(s.back()),
-             along_inputs};
-  const int64_t length = along_inputs ? inputs : matrix->outputs;
-  if (inputs < 1 || matrix->outputs < 1 || length % matrix->blocks)
-    return refuse(std::to_string(matrix->blocks) + " scales for a matrix of " +
-                  std::to_string(matrix->outputs) + " x " +
-                  std::to_string(inputs));
+  const int64_t N = d[d.size() - 2], blocks = s.back();
+  const int64_t length = along_inputs ? inputs : N;
+  if (inputs < 1 || N < 1 || length % blocks)
+    return refuse(std::to_string(blocks) + " scales for a matrix of " +
+                  std::to_string(N) + " x " + std::to_string(inputs));
   // Past this an int32 sum could overflow.
   const int64_t most = format == kByte ? 1 << 16 : 1 << 22;
   if (inputs > most)
     return refuse("K = " + std::to_string(inputs) + " exceeds " +
                   std::to_string(most));
+  if (blocks > std::numeric_limits<int>::max())
+    return refuse("a matrix of " + std::to_string(blocks) + " scales");
+  *matrix = {static_cast<Format>(format),
+             static_cast<const uint8_t*>(data.untyped_data()),
+             static_cast<const float*>(scale.untyped_data()),
+             N,
+             inputs,
+             static_cast<int>(blocks),
+             along_inputs};
   if (d.back() != static_cast<int64_t>(matrix->row_bytes()))
     return refuse("packed rows of " + std::to_string(d.back()) +
                   " bytes, wanted " + std::to_string(matrix->row_bytes()));
