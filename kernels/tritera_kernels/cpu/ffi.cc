@@ -10,10 +10,13 @@
 namespace tritera {
 
 ffi::Error read_matrix(ffi::AnyBuffer data, ffi::AnyBuffer scale,
-                       int64_t format, bool along_inputs, int64_t inputs,
+                       const MatrixKind& kind, int64_t inputs,
                        Matrix* matrix) {
+  const auto [format, along_inputs, int8] = kind;
   if (format < 0 || format >= kFormats)
     return refuse("unknown format " + std::to_string(format));
+  if (format == kByte && !int8)
+    return refuse("a byte matrix takes int8 activations");
   const auto d = data.dimensions();
   const auto s = scale.dimensions();
   if (data.element_type() != ffi::U8 || d.size() < 2)
@@ -83,7 +86,8 @@ ffi::Error ternary_matmul(ffi::ThreadPool pool, F32 x, ffi::AnyBuffer data,
     return refuse("x of shape " + shape_of(dx) + ", result " + shape_of(dy));
   Matrix matrix;
   const int64_t M = dx[dx.size() - 2], K = dx.back(), N = dy.back();
-  if (auto e = read_matrix(data, scale, format, along_inputs, K, &matrix);
+  if (auto e = read_matrix(data, scale, {format, along_inputs, int8}, K,
+                           &matrix);
       e.failure())
     return e;
   if (matrix.outputs != N || dy[dy.size() - 2] != M)
@@ -94,8 +98,6 @@ ffi::Error ternary_matmul(ffi::ThreadPool pool, F32 x, ffi::AnyBuffer data,
        {std::pair{dx, size_t{2}}, {dd, size_t{2}}, {ds, size_t{1}}}) {
     if (auto e = check_leading(dy, dimensions, own); e.failure()) return e;
   }
-  if (format == kByte && !int8)
-    return refuse("a byte matrix takes int8 activations");
   const Helpers helpers = helpers_of(pool);
   Team team(helpers);
   const Kernel& kernel = active_kernel();

@@ -29,12 +29,11 @@ class Arguments {
     return static_cast<const float*>(b.untyped_data());
   }
 
-  Matrix matrix(int64_t format, bool along_inputs, int64_t inputs) {
+  Matrix matrix(const MatrixKind& kind, int64_t inputs) {
     const ffi::AnyBuffer data = next();
     const ffi::AnyBuffer scale = next();
     Matrix m{};
-    if (ffi::Error e =
-            read_matrix(data, scale, format, along_inputs, inputs, &m);
+    if (ffi::Error e = read_matrix(data, scale, kind, inputs, &m);
         e.failure() && error_.success())
       error_ = std::move(e);
     return m;
@@ -79,7 +78,7 @@ ffi::Error norm_matmul(ffi::ThreadPool pool, F32 x, F32 gain,
   Matrix matrices[3];
   int64_t N = 0;
   for (int i = 0; i < count; ++i) {
-    matrices[i] = arguments.matrix(format, along_inputs, K);
+    matrices[i] = arguments.matrix({format, along_inputs, int8}, K);
     N += matrices[i].outputs;
   }
   if (static_cast<int64_t>(gain.element_count()) != K)
@@ -106,7 +105,8 @@ ffi::Error add_matmul(ffi::ThreadPool& pool, const F32& x,
   if (auto e = check_rank2(residual, "residual"); e.failure()) return e;
   const int64_t M = x.dimensions()[0], K = x.dimensions()[1] / halves;
   Matrix matrix;
-  if (auto e = read_matrix(data, scale, format, along_inputs, K, &matrix);
+  if (auto e = read_matrix(data, scale, {format, along_inputs, int8}, K,
+                           &matrix);
       e.failure())
     return e;
   if (residual.dimensions()[0] != M ||
@@ -238,21 +238,22 @@ ffi::Error decoder_layers(ffi::ThreadPool pool, F32 x, S32 start,
   const int64_t M = x.dimensions()[0], D = x.dimensions()[1];
   const int64_t B = start.element_count();
   const Batch batch{B, B ? M / B : 0, start.typed_data()};
+  const MatrixKind in{format, false, int8}, out{format, out_along_inputs, int8};
   Arguments arguments(rest);
   std::vector<LayerWeights> weights(layers);
   std::vector<Cache> cache(layers);
   for (int64_t i = 0; i < layers; ++i) {
     LayerWeights& w = weights[i];
     w.attention_norm = arguments.vector(D);
-    w.q = arguments.matrix(format, false, D);
-    w.k = arguments.matrix(format, false, D);
-    w.v = arguments.matrix(format, false, D);
-    w.o = arguments.matrix(format, out_along_inputs, heads * width);
+    w.q = arguments.matrix(in, D);
+    w.k = arguments.matrix(in, D);
+    w.v = arguments.matrix(in, D);
+    w.o = arguments.matrix(out, heads * width);
     w.mlp_norm = arguments.vector(D);
-    w.gate = arguments.matrix(format, false, D);
-    w.up = arguments.matrix(format, false, D);
+    w.gate = arguments.matrix(in, D);
+    w.up = arguments.matrix(in, D);
     if (arguments.failed()) return arguments.error();
-    w.down = arguments.matrix(format, out_along_inputs, w.gate.outputs);
+    w.down = arguments.matrix(out, w.gate.outputs);
     w.q_gain = gains ? arguments.vector(width) : nullptr;
     w.k_gain = gains ? arguments.vector(width) : nullptr;
     if (w.q.outputs != heads * width || w.k.outputs != kv_heads * width ||
