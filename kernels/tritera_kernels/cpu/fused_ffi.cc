@@ -12,6 +12,17 @@ namespace {
 
 using S32 = ffi::Buffer<ffi::S32>;
 
+// `read_matrix` where there is no batch of them.
+ffi::Error read_one_matrix(ffi::AnyBuffer data, ffi::AnyBuffer scale,
+                           const MatrixKind& kind, int64_t inputs,
+                           Matrix* matrix) {
+  if (data.dimensions().size() > 2 || scale.dimensions().size() > 1)
+    return refuse("packed data of shape " + shape_of(data.dimensions()) +
+                  ", scale " + shape_of(scale.dimensions()) +
+                  ", wanted a matrix and a vector");
+  return read_matrix(data, scale, kind, inputs, matrix);
+}
+
 // Positional arguments of a call, checked one after another; the first error
 // stays.
 class Arguments {
@@ -33,7 +44,7 @@ class Arguments {
     const ffi::AnyBuffer data = next();
     const ffi::AnyBuffer scale = next();
     Matrix m{};
-    if (ffi::Error e = read_matrix(data, scale, kind, inputs, &m);
+    if (ffi::Error e = read_one_matrix(data, scale, kind, inputs, &m);
         e.failure() && error_.success())
       error_ = std::move(e);
     return m;
@@ -105,8 +116,8 @@ ffi::Error add_matmul(ffi::ThreadPool& pool, const F32& x,
   if (auto e = check_rank2(residual, "residual"); e.failure()) return e;
   const int64_t M = x.dimensions()[0], K = x.dimensions()[1] / halves;
   Matrix matrix;
-  if (auto e = read_matrix(data, scale, {format, along_inputs, int8}, K,
-                           &matrix);
+  if (auto e = read_one_matrix(data, scale, {format, along_inputs, int8}, K,
+                               &matrix);
       e.failure())
     return e;
   if (residual.dimensions()[0] != M ||
