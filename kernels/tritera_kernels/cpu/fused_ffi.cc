@@ -183,11 +183,19 @@ ffi::Error read_cache(ffi::RemainingRets& results, size_t first, bool int8,
   return ffi::Error::Success();
 }
 
+ffi::Error check_heads(int64_t heads, int64_t kv_heads, int64_t width) {
+  // The bound keeps every product of them within an int.
+  constexpr int64_t kMost = 1 << 24;
+  if (kv_heads < 1 || heads < kv_heads || heads % kv_heads || width < 2 ||
+      width % 2 || heads > kMost || width > kMost || heads * width > kMost)
+    return refuse(std::to_string(heads) + " heads and " +
+                  std::to_string(kv_heads) + " of keys, of width " +
+                  std::to_string(width) + ", do not fit");
+  return ffi::Error::Success();
+}
+
 ffi::Error check_batch(const AttentionShape& shape, const Batch& batch,
                        int64_t tokens) {
-  if (shape.heads < 1 || shape.kv_heads < 1 || shape.width < 2 ||
-      shape.width % 2 || shape.heads % shape.kv_heads)
-    return refuse("heads that do not fit");
   if (batch.rows < 1 || tokens % batch.rows)
     return refuse(std::to_string(tokens) + " tokens in " +
                   std::to_string(batch.rows) + " rows");
@@ -207,6 +215,7 @@ ffi::Error attend(ffi::ThreadPool pool, F32 qkv, F32 q_gain, F32 k_gain,
                   ffi::RemainingRets caches, int64_t heads, int64_t kv_heads,
                   int64_t width, float theta, float epsilon, bool int8_cache) {
   if (auto e = check_rank2(qkv, "qkv"); e.failure()) return e;
+  if (auto e = check_heads(heads, kv_heads, width); e.failure()) return e;
   AttentionShape shape{static_cast<int>(heads), static_cast<int>(kv_heads),
                        static_cast<int>(width), theta, epsilon, kBfloat16, 0};
   const int64_t M = qkv.dimensions()[0];
@@ -244,6 +253,7 @@ ffi::Error decoder_layers(ffi::ThreadPool pool, F32 x, S32 start,
                           bool out_along_inputs, bool int8, bool gains,
                           bool int8_cache) {
   if (auto e = check_rank2(x, "x"); e.failure()) return e;
+  if (auto e = check_heads(heads, kv_heads, width); e.failure()) return e;
   AttentionShape shape{static_cast<int>(heads), static_cast<int>(kv_heads),
                        static_cast<int>(width), theta, epsilon, kBfloat16, 0};
   const int64_t M = x.dimensions()[0], D = x.dimensions()[1];
