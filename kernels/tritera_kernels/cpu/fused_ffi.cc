@@ -168,6 +168,9 @@ ffi::Error read_cache(ffi::RemainingRets& results, size_t first, bool int8,
                     part[1]->element_type() == type;
   if (!fits)
     return refuse("cache of keys " + shape_of(k) + ", values " + shape_of(v));
+  if (shape->slots && shape->slots != k[3])
+    return refuse("caches of " + std::to_string(shape->slots) + " and of " +
+                  std::to_string(k[3]) + " slots");
   shape->type = int8 ? kInt8 : kBfloat16;
   shape->slots = k[3];
   *cache = {part[0]->untyped_data(), part[1]->untyped_data(), nullptr, nullptr};
