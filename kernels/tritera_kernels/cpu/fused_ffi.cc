@@ -59,6 +59,13 @@ class Arguments {
     return ffi::AnyBuffer(&none);
   }
 
+  // Whether all but the `last` have been taken.
+  void end(size_t last) {
+    if (at_ + last != args_.size())
+      fail(std::to_string(args_.size()) + " arguments after the first ones, "
+           "wanted " + std::to_string(at_ + last));
+  }
+
   void fail(const std::string& what) {
     if (error_.success()) error_ = refuse(what);
   }
@@ -214,7 +221,7 @@ ffi::Error check_batch(const AttentionShape& shape, const Batch& batch,
 
 // Arguments: the cache's arrays, which the results after y alias.
 ffi::Error attend(ffi::ThreadPool pool, F32 qkv, F32 q_gain, F32 k_gain,
-                  S32 start, ffi::RemainingArgs, F32Result y,
+                  S32 start, ffi::RemainingArgs rest, F32Result y,
                   ffi::RemainingRets caches, int64_t heads, int64_t kv_heads,
                   int64_t width, float theta, float epsilon, bool int8_cache) {
   if (auto e = check_rank2(qkv, "qkv"); e.failure()) return e;
@@ -223,6 +230,11 @@ ffi::Error attend(ffi::ThreadPool pool, F32 qkv, F32 q_gain, F32 k_gain,
                        static_cast<int>(width), theta, epsilon, kBfloat16, 0};
   const int64_t M = qkv.dimensions()[0];
   const int64_t B = start.element_count();
+  const size_t arrays = int8_cache ? 4 : 2;
+  if (rest.size() != arrays || caches.size() != arrays)
+    return refuse(std::to_string(rest.size()) + " cache arguments and " +
+                  std::to_string(caches.size()) + " results, wanted " +
+                  std::to_string(arrays));
   Cache cache;
   if (auto e = read_cache(caches, 0, int8_cache, B, &shape, &cache);
       e.failure())
@@ -262,6 +274,9 @@ ffi::Error decoder_layers(ffi::ThreadPool pool, F32 x, S32 start,
   const int64_t M = x.dimensions()[0], D = x.dimensions()[1];
   const int64_t B = start.element_count();
   const Batch batch{B, B ? M / B : 0, start.typed_data()};
+  if (layers < 1 || layers > static_cast<int64_t>(rest.size()))
+    return refuse(std::to_string(layers) + " layers of " +
+                  std::to_string(rest.size()) + " arguments");
   const MatrixKind in{format, false, int8}, out{format, out_along_inputs, int8};
   Arguments arguments(rest);
   std::vector<LayerWeights> weights(layers);
@@ -291,6 +306,12 @@ ffi::Error decoder_layers(ffi::ThreadPool pool, F32 x, S32 start,
       return e;
     if (auto e = check_batch(shape, batch, M); e.failure()) return e;
   }
+  const size_t arrays = layers * (int8_cache ? 4 : 2);
+  arguments.end(arrays);
+  if (caches.size() != arrays)
+    arguments.fail(std::to_string(caches.size()) + " cache results, wanted " +
+                   std::to_string(arrays));
+  if (arguments.failed()) return arguments.error();
   if (y->element_count() != x.element_count())
     return refuse("result of shape " + shape_of(y->dimensions()));
   if (y->typed_data() != x.typed_data())
