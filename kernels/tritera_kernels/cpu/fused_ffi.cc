@@ -78,6 +78,10 @@ class Arguments {
   ffi::Error error_ = ffi::Error::Success();
 };
 
+bool is_matrix(ffi::AnyBuffer::Dimensions d, int64_t rows, int64_t columns) {
+  return d.size() == 2 && d[0] == rows && d[1] == columns;
+}
+
 ffi::Error check_rank2(const F32& x, const char* name) {
   if (x.dimensions().size() == 2) return ffi::Error::Success();
   return refuse(std::string(name) + " of shape " + shape_of(x.dimensions()) +
@@ -101,7 +105,7 @@ ffi::Error norm_matmul(ffi::ThreadPool pool, F32 x, F32 gain,
   }
   if (static_cast<int64_t>(gain.element_count()) != K)
     arguments.fail("gain of shape " + shape_of(gain.dimensions()));
-  if (static_cast<int64_t>(y->element_count()) != M * N)
+  if (!is_matrix(y->dimensions(), M, N))
     arguments.fail("result of shape " + shape_of(y->dimensions()));
   for (int i = 1; i < count && !arguments.failed(); ++i)
     if (matrices[i].planes().segments != matrices[0].planes().segments)
@@ -121,17 +125,19 @@ ffi::Error add_matmul(ffi::ThreadPool& pool, const F32& x,
                       bool along_inputs, bool int8, int halves) {
   if (auto e = check_rank2(x, "x"); e.failure()) return e;
   if (auto e = check_rank2(residual, "residual"); e.failure()) return e;
+  if (x.dimensions()[1] % halves)
+    return refuse("gate_up of shape " + shape_of(x.dimensions()));
   const int64_t M = x.dimensions()[0], K = x.dimensions()[1] / halves;
   Matrix matrix;
   if (auto e = read_one_matrix(data, scale, {format, along_inputs, int8}, K,
                                &matrix);
       e.failure())
     return e;
-  if (residual.dimensions()[0] != M ||
-      residual.dimensions()[1] != matrix.outputs ||
-      y->element_count() != residual.element_count())
+  if (!is_matrix(residual.dimensions(), M, matrix.outputs) ||
+      !is_matrix(y->dimensions(), M, matrix.outputs))
     return refuse("residual of shape " + shape_of(residual.dimensions()) +
-                  " beside x of " + shape_of(x.dimensions()));
+                  ", result " + shape_of(y->dimensions()) + " beside x of " +
+                  shape_of(x.dimensions()));
   const Helpers helpers = helpers_of(pool);
   Team team(helpers);
   auto* run = halves == 2 ? swiglu_multiply_add : multiply_add;
@@ -243,7 +249,7 @@ ffi::Error attend(ffi::ThreadPool pool, F32 qkv, F32 q_gain, F32 k_gain,
   if (auto e = check_batch(shape, batch, M); e.failure()) return e;
   const int64_t gains = q_gain.element_count();
   if (qkv.dimensions()[1] != shape.qkv() ||
-      static_cast<int64_t>(y->element_count()) != M * heads * width ||
+      !is_matrix(y->dimensions(), M, heads * width) ||
       (gains && gains != width) ||
       q_gain.element_count() != k_gain.element_count())
     return refuse("qkv of shape " + shape_of(qkv.dimensions()) + ", result " +
@@ -312,7 +318,7 @@ ffi::Error decoder_layers(ffi::ThreadPool pool, F32 x, S32 start,
     arguments.fail(std::to_string(caches.size()) + " cache results, wanted " +
                    std::to_string(arrays));
   if (arguments.failed()) return arguments.error();
-  if (y->element_count() != x.element_count())
+  if (!is_matrix(y->dimensions(), M, D))
     return refuse("result of shape " + shape_of(y->dimensions()));
   if (y->typed_data() != x.typed_data())
     std::copy_n(x.typed_data(), x.element_count(), y->typed_data());
