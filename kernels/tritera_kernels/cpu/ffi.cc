@@ -98,10 +98,11 @@ ffi::Error ternary_matmul(ffi::ThreadPool pool, F32 x, ffi::AnyBuffer data,
        {std::pair{dx, size_t{2}}, {dd, size_t{2}}, {ds, size_t{1}}}) {
     if (auto e = check_leading(dy, dimensions, own); e.failure()) return e;
   }
+  if (!y->element_count()) return ffi::Error::Success();
   const Helpers helpers = helpers_of(pool);
   Team team(helpers);
   const Kernel& kernel = active_kernel();
-  const int64_t batch = M && N ? y->element_count() / (M * N) : 0;
+  const int64_t batch = y->element_count() / (M * N);
   const bool one_matrix =
       static_cast<int64_t>(data.element_count()) == dd.back() * N &&
       static_cast<int64_t>(scale.element_count()) == ds.back() &&
