@@ -2,40 +2,46 @@
 // ternary_matmul as an XLA custom call.
 #include "ffi.h"
 
-#include <vector>
+#include <limits>
+#include <utility>
 
 #include "dispatch.h"
 
 namespace tritera {
 
 ffi::Error read_matrix(ffi::AnyBuffer data, ffi::AnyBuffer scale,
-                       int64_t format, bool along_inputs, int64_t inputs,
+                       const MatrixKind& kind, int64_t inputs,
                        Matrix* matrix) {
+  const auto [format, along_inputs, int8] = kind;
   if (format < 0 || format >= kFormats)
     return refuse("unknown format " + std::to_string(format));
+  if (format == kByte && !int8)
+    return refuse("a byte matrix takes int8 activations");
   const auto d = data.dimensions();
   const auto s = scale.dimensions();
   if (data.element_type() != ffi::U8 || d.size() < 2)
     return refuse("packed data of shape " + shape_of(d) + " is no uint8 matrix");
   if (scale.element_type() != ffi::F32 || s.size() < 1 || s.back() < 1)
     return refuse("scale of shape " + shape_of(s) + " is no float32 vector");
-  *matrix = {static_cast<Format>(format),
-             static_cast<const uint8_t*>(data.untyped_data()),
-             static_cast<const float*>(scale.untyped_data()),
-             d[d.size() - 2],
-             inputs,
-             static_cast<int>(s.back()),
-             along_inputs};
-  const int64_t length = along_inputs ? inputs : matrix->outputs;
-  if (inputs < 1 || matrix->outputs < 1 || length % matrix->blocks)
-    return refuse(std::to_string(matrix->blocks) + " scales for a matrix of " +
-                  std::to_string(matrix->outputs) + " x " +
-                  std::to_string(inputs));
+  const int64_t N = d[d.size() - 2], blocks = s.back();
+  const int64_t length = along_inputs ? inputs : N;
+  if (inputs < 1 || N < 1 || length % blocks)
+    return refuse(std::to_string(blocks) + " scales for a matrix of " +
+                  std::to_string(N) + " x " + std::to_string(inputs));
   // Past this an int32 sum could overflow.
   const int64_t most = format == kByte ? 1 << 16 : 1 << 22;
   if (inputs > most)
     return refuse("K = " + std::to_string(inputs) + " exceeds " +
                   std::to_string(most));
+  if (blocks > std::numeric_limits<int>::max())
+    return refuse("a matrix of " + std::to_string(blocks) + " scales");
+  *matrix = {static_cast<Format>(format),
+             static_cast<const uint8_t*>(data.untyped_data()),
+             static_cast<const float*>(scale.untyped_data()),
+             N,
+             inputs,
+             static_cast<int>(blocks),
+             along_inputs};
   if (d.back() != static_cast<int64_t>(matrix->row_bytes()))
     return refuse("packed rows of " + std::to_string(d.back()) +
                   " bytes, wanted " + std::to_string(matrix->row_bytes()));
@@ -80,7 +86,8 @@ ffi::Error ternary_matmul(ffi::ThreadPool pool, F32 x, ffi::AnyBuffer data,
     return refuse("x of shape " + shape_of(dx) + ", result " + shape_of(dy));
   Matrix matrix;
   const int64_t M = dx[dx.size() - 2], K = dx.back(), N = dy.back();
-  if (auto e = read_matrix(data, scale, format, along_inputs, K, &matrix);
+  if (auto e = read_matrix(data, scale, {format, along_inputs, int8}, K,
+                           &matrix);
       e.failure())
     return e;
   if (matrix.outputs != N || dy[dy.size() - 2] != M)
@@ -91,12 +98,11 @@ ffi::Error ternary_matmul(ffi::ThreadPool pool, F32 x, ffi::AnyBuffer data,
        {std::pair{dx, size_t{2}}, {dd, size_t{2}}, {ds, size_t{1}}}) {
     if (auto e = check_leading(dy, dimensions, own); e.failure()) return e;
   }
-  if (format == kByte && !int8)
-    return refuse("a byte matrix takes int8 activations");
+  if (!y->element_count()) return ffi::Error::Success();
   const Helpers helpers = helpers_of(pool);
   Team team(helpers);
   const Kernel& kernel = active_kernel();
-  const int64_t batch = M && N ? y->element_count() / (M * N) : 0;
+  const int64_t batch = y->element_count() / (M * N);
   const bool one_matrix =
       static_cast<int64_t>(data.element_count()) == dd.back() * N &&
       static_cast<int64_t>(scale.element_count()) == ds.back() &&

@@ -34,10 +34,16 @@ inline std::string shape_of(ffi::AnyBuffer::Dimensions dimensions) {
   return text + "]";
 }
 
+// What a call says of its matrices.
+struct MatrixKind {
+  int64_t format;
+  bool along_inputs;
+  bool int8;  // activations
+};
+
 // Fills `matrix` from a packed buffer [N, bytes a row] and its scales, and
 // checks that they fit; `inputs` is K.
 ffi::Error read_matrix(ffi::AnyBuffer data, ffi::AnyBuffer scale,
-                       int64_t format, bool along_inputs, int64_t inputs,
-                       Matrix* matrix);
+                       const MatrixKind& kind, int64_t inputs, Matrix* matrix);
 
 }  // namespace tritera

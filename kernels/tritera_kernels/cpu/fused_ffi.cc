@@ -12,6 +12,17 @@ namespace {
 
 using S32 = ffi::Buffer<ffi::S32>;
 
+// `read_matrix` where there is no batch of them.
+ffi::Error read_one_matrix(ffi::AnyBuffer data, ffi::AnyBuffer scale,
+                           const MatrixKind& kind, int64_t inputs,
+                           Matrix* matrix) {
+  if (data.dimensions().size() > 2 || scale.dimensions().size() > 1)
+    return refuse("packed data of shape " + shape_of(data.dimensions()) +
+                  ", scale " + shape_of(scale.dimensions()) +
+                  ", wanted a matrix and a vector");
+  return read_matrix(data, scale, kind, inputs, matrix);
+}
+
 // Positional arguments of a call, checked one after another; the first error
 // stays.
 class Arguments {
@@ -29,12 +40,11 @@ class Arguments {
     return static_cast<const float*>(b.untyped_data());
   }
 
-  Matrix matrix(int64_t format, bool along_inputs, int64_t inputs) {
+  Matrix matrix(const MatrixKind& kind, int64_t inputs) {
     const ffi::AnyBuffer data = next();
     const ffi::AnyBuffer scale = next();
     Matrix m{};
-    if (ffi::Error e =
-            read_matrix(data, scale, format, along_inputs, inputs, &m);
+    if (ffi::Error e = read_one_matrix(data, scale, kind, inputs, &m);
         e.failure() && error_.success())
       error_ = std::move(e);
     return m;
@@ -49,6 +59,13 @@ class Arguments {
     return ffi::AnyBuffer(&none);
   }
 
+  // Whether all but the `last` have been taken.
+  void end(size_t last) {
+    if (at_ + last != args_.size())
+      fail(std::to_string(args_.size()) + " arguments after the first ones, "
+           "wanted " + std::to_string(at_ + last));
+  }
+
   void fail(const std::string& what) {
     if (error_.success()) error_ = refuse(what);
   }
@@ -60,6 +77,10 @@ class Arguments {
   size_t at_ = 0;
   ffi::Error error_ = ffi::Error::Success();
 };
+
+bool is_matrix(ffi::AnyBuffer::Dimensions d, int64_t rows, int64_t columns) {
+  return d.size() == 2 && d[0] == rows && d[1] == columns;
+}
 
 ffi::Error check_rank2(const F32& x, const char* name) {
   if (x.dimensions().size() == 2) return ffi::Error::Success();
@@ -79,12 +100,12 @@ ffi::Error norm_matmul(ffi::ThreadPool pool, F32 x, F32 gain,
   Matrix matrices[3];
   int64_t N = 0;
   for (int i = 0; i < count; ++i) {
-    matrices[i] = arguments.matrix(format, along_inputs, K);
+    matrices[i] = arguments.matrix({format, along_inputs, int8}, K);
     N += matrices[i].outputs;
   }
   if (static_cast<int64_t>(gain.element_count()) != K)
     arguments.fail("gain of shape " + shape_of(gain.dimensions()));
-  if (static_cast<int64_t>(y->element_count()) != M * N)
+  if (!is_matrix(y->dimensions(), M, N))
     arguments.fail("result of shape " + shape_of(y->dimensions()));
   for (int i = 1; i < count && !arguments.failed(); ++i)
     if (matrices[i].planes().segments != matrices[0].planes().segments)
@@ -104,16 +125,19 @@ ffi::Error add_matmul(ffi::ThreadPool& pool, const F32& x,
                       bool along_inputs, bool int8, int halves) {
   if (auto e = check_rank2(x, "x"); e.failure()) return e;
   if (auto e = check_rank2(residual, "residual"); e.failure()) return e;
+  if (x.dimensions()[1] % halves)
+    return refuse("gate_up of shape " + shape_of(x.dimensions()));
   const int64_t M = x.dimensions()[0], K = x.dimensions()[1] / halves;
   Matrix matrix;
-  if (auto e = read_matrix(data, scale, format, along_inputs, K, &matrix);
+  if (auto e = read_one_matrix(data, scale, {format, along_inputs, int8}, K,
+                               &matrix);
       e.failure())
     return e;
-  if (residual.dimensions()[0] != M ||
-      residual.dimensions()[1] != matrix.outputs ||
-      y->element_count() != residual.element_count())
+  if (!is_matrix(residual.dimensions(), M, matrix.outputs) ||
+      !is_matrix(y->dimensions(), M, matrix.outputs))
     return refuse("residual of shape " + shape_of(residual.dimensions()) +
-                  " beside x of " + shape_of(x.dimensions()));
+                  ", result " + shape_of(y->dimensions()) + " beside x of " +
+                  shape_of(x.dimensions()));
   const Helpers helpers = helpers_of(pool);
   Team team(helpers);
   auto* run = halves == 2 ? swiglu_multiply_add : multiply_add;
@@ -157,6 +181,9 @@ ffi::Error read_cache(ffi::RemainingRets& results, size_t first, bool int8,
                     part[1]->element_type() == type;
   if (!fits)
     return refuse("cache of keys " + shape_of(k) + ", values " + shape_of(v));
+  if (shape->slots && shape->slots != k[3])
+    return refuse("caches of " + std::to_string(shape->slots) + " and of " +
+                  std::to_string(k[3]) + " slots");
   shape->type = int8 ? kInt8 : kBfloat16;
   shape->slots = k[3];
   *cache = {part[0]->untyped_data(), part[1]->untyped_data(), nullptr, nullptr};
@@ -172,11 +199,19 @@ ffi::Error read_cache(ffi::RemainingRets& results, size_t first, bool int8,
   return ffi::Error::Success();
 }
 
+ffi::Error check_heads(int64_t heads, int64_t kv_heads, int64_t width) {
+  // The bound keeps every product of them within an int.
+  constexpr int64_t kMost = 1 << 24;
+  if (kv_heads < 1 || heads < kv_heads || heads % kv_heads || width < 2 ||
+      width % 2 || heads > kMost || width > kMost || heads * width > kMost)
+    return refuse(std::to_string(heads) + " heads and " +
+                  std::to_string(kv_heads) + " of keys, of width " +
+                  std::to_string(width) + ", do not fit");
+  return ffi::Error::Success();
+}
+
 ffi::Error check_batch(const AttentionShape& shape, const Batch& batch,
                        int64_t tokens) {
-  if (shape.heads < 1 || shape.kv_heads < 1 || shape.width < 2 ||
-      shape.width % 2 || shape.heads % shape.kv_heads)
-    return refuse("heads that do not fit");
   if (batch.rows < 1 || tokens % batch.rows)
     return refuse(std::to_string(tokens) + " tokens in " +
                   std::to_string(batch.rows) + " rows");
@@ -192,14 +227,20 @@ ffi::Error check_batch(const AttentionShape& shape, const Batch& batch,
 
 // Arguments: the cache's arrays, which the results after y alias.
 ffi::Error attend(ffi::ThreadPool pool, F32 qkv, F32 q_gain, F32 k_gain,
-                  S32 start, ffi::RemainingArgs, F32Result y,
+                  S32 start, ffi::RemainingArgs rest, F32Result y,
                   ffi::RemainingRets caches, int64_t heads, int64_t kv_heads,
                   int64_t width, float theta, float epsilon, bool int8_cache) {
   if (auto e = check_rank2(qkv, "qkv"); e.failure()) return e;
+  if (auto e = check_heads(heads, kv_heads, width); e.failure()) return e;
   AttentionShape shape{static_cast<int>(heads), static_cast<int>(kv_heads),
                        static_cast<int>(width), theta, epsilon, kBfloat16, 0};
   const int64_t M = qkv.dimensions()[0];
   const int64_t B = start.element_count();
+  const size_t arrays = int8_cache ? 4 : 2;
+  if (rest.size() != arrays || caches.size() != arrays)
+    return refuse(std::to_string(rest.size()) + " cache arguments and " +
+                  std::to_string(caches.size()) + " results, wanted " +
+                  std::to_string(arrays));
   Cache cache;
   if (auto e = read_cache(caches, 0, int8_cache, B, &shape, &cache);
       e.failure())
@@ -208,7 +249,7 @@ ffi::Error attend(ffi::ThreadPool pool, F32 qkv, F32 q_gain, F32 k_gain,
   if (auto e = check_batch(shape, batch, M); e.failure()) return e;
   const int64_t gains = q_gain.element_count();
   if (qkv.dimensions()[1] != shape.qkv() ||
-      static_cast<int64_t>(y->element_count()) != M * heads * width ||
+      !is_matrix(y->dimensions(), M, heads * width) ||
       (gains && gains != width) ||
       q_gain.element_count() != k_gain.element_count())
     return refuse("qkv of shape " + shape_of(qkv.dimensions()) + ", result " +
@@ -233,26 +274,31 @@ ffi::Error decoder_layers(ffi::ThreadPool pool, F32 x, S32 start,
                           bool out_along_inputs, bool int8, bool gains,
                           bool int8_cache) {
   if (auto e = check_rank2(x, "x"); e.failure()) return e;
+  if (auto e = check_heads(heads, kv_heads, width); e.failure()) return e;
   AttentionShape shape{static_cast<int>(heads), static_cast<int>(kv_heads),
                        static_cast<int>(width), theta, epsilon, kBfloat16, 0};
   const int64_t M = x.dimensions()[0], D = x.dimensions()[1];
   const int64_t B = start.element_count();
   const Batch batch{B, B ? M / B : 0, start.typed_data()};
+  if (layers < 1 || layers > static_cast<int64_t>(rest.size()))
+    return refuse(std::to_string(layers) + " layers of " +
+                  std::to_string(rest.size()) + " arguments");
+  const MatrixKind in{format, false, int8}, out{format, out_along_inputs, int8};
   Arguments arguments(rest);
   std::vector<LayerWeights> weights(layers);
   std::vector<Cache> cache(layers);
   for (int64_t i = 0; i < layers; ++i) {
     LayerWeights& w = weights[i];
     w.attention_norm = arguments.vector(D);
-    w.q = arguments.matrix(format, false, D);
-    w.k = arguments.matrix(format, false, D);
-    w.v = arguments.matrix(format, false, D);
-    w.o = arguments.matrix(format, out_along_inputs, heads * width);
+    w.q = arguments.matrix(in, D);
+    w.k = arguments.matrix(in, D);
+    w.v = arguments.matrix(in, D);
+    w.o = arguments.matrix(out, heads * width);
     w.mlp_norm = arguments.vector(D);
-    w.gate = arguments.matrix(format, false, D);
-    w.up = arguments.matrix(format, false, D);
+    w.gate = arguments.matrix(in, D);
+    w.up = arguments.matrix(in, D);
     if (arguments.failed()) return arguments.error();
-    w.down = arguments.matrix(format, out_along_inputs, w.gate.outputs);
+    w.down = arguments.matrix(out, w.gate.outputs);
     w.q_gain = gains ? arguments.vector(width) : nullptr;
     w.k_gain = gains ? arguments.vector(width) : nullptr;
     if (w.q.outputs != heads * width || w.k.outputs != kv_heads * width ||
@@ -266,7 +312,13 @@ ffi::Error decoder_layers(ffi::ThreadPool pool, F32 x, S32 start,
       return e;
     if (auto e = check_batch(shape, batch, M); e.failure()) return e;
   }
-  if (y->element_count() != x.element_count())
+  const size_t arrays = layers * (int8_cache ? 4 : 2);
+  arguments.end(arrays);
+  if (caches.size() != arrays)
+    arguments.fail(std::to_string(caches.size()) + " cache results, wanted " +
+                   std::to_string(arrays));
+  if (arguments.failed()) return arguments.error();
+  if (!is_matrix(y->dimensions(), M, D))
     return refuse("result of shape " + shape_of(y->dimensions()));
   if (y->typed_data() != x.typed_data())
     std::copy_n(x.typed_data(), x.element_count(), y->typed_data());

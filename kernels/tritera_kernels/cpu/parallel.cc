@@ -5,6 +5,7 @@
 
 #include <algorithm>
 #include <cstdint>
+#include <thread>
 
 #if defined(__x86_64__)
 #include <immintrin.h>
@@ -42,6 +43,7 @@ struct Team::State {
   struct alignas(64) Run {
     std::atomic<uint64_t> word{0};
   };
+  const std::thread::id caller = std::this_thread::get_id();
   int workers;
   Run runs[kMaxWorkers];
   alignas(64) std::atomic<uint64_t> phase{0};
@@ -70,6 +72,8 @@ struct Team::State {
   }
 
   void help(int me) {
+    // A pool whose queue is full runs a task at once, in the caller.
+    if (std::this_thread::get_id() == caller) return;
     uint64_t seen = 0;
     int spins = 0;
     while (!over.load(std::memory_order_acquire)) {
@@ -92,7 +96,7 @@ Team::~Team() {
 }
 
 int Team::workers() const {
-  return std::min(kMaxWorkers, helpers_.threads + 1);
+  return std::clamp(helpers_.threads, 0, kMaxWorkers - 1) + 1;
 }
 
 void Team::start() {
@@ -104,6 +108,9 @@ void Team::start() {
 }
 
 void Team::run(int chunks, const std::function<void(int)>& f) {
+  constexpr int kMost = kMask;  // that the word of a run can count
+  for (; chunks > kMost; chunks -= kMost)
+    run(kMost, [&](int chunk) { f(chunks - kMost + chunk); });
   if (chunks <= 1 || workers() == 1) {
     for (int i = 0; i < chunks; ++i) f(i);
     return;
