@@ -6,6 +6,7 @@
 #include <algorithm>
 #include <new>
 #include <type_traits>
+#include <vector>
 
 #include "ops.h"
 
@@ -15,8 +16,8 @@ namespace {
 // Tokens whose activations are laid out at once; bounds memory, and lets them
 // stay in the second cache.
 constexpr int kTokenBlock = 256;
-// A chunk of one token's work; prefetching reaches about one chunk ahead.
-constexpr size_t kChunkBytes = 16384;
+// A chunk of one token's work.
+constexpr size_t kChunkBytes = 65536;
 constexpr int kPanelRows = 32;  // decoded at once for several tokens
 constexpr int kMostRows = 512;  // of a chunk
 constexpr int kFloatRows = 64;  // see avx512_inline.h
@@ -35,28 +36,57 @@ struct Prepared {
   const int32_t* sums;    // [token][segment]
 };
 
-int rows_a_chunk(const Matrix& matrix, bool int8, int tokens) {
-  if (!int8) return kFloatRows;
-  if (tokens > 1) return kPanelRows;
-  const size_t rows = kChunkBytes / matrix.row_bytes() / 4 * 4;
-  return static_cast<int>(std::clamp<size_t>(rows, 4, kMostRows));
-}
+// A product, and how it is cut into chunks of rows.
+struct Work {
+  Matrix matrix;
+  Output output;
+  Planes planes;
+  size_t row_bytes;
+  int rows;    // of a chunk
+  int chunks;
 
+  Work(const Product& product, bool int8, int64_t block, int tokens)
+      : matrix(product.matrix),
+        output(product.output),
+        planes(matrix.planes()),
+        row_bytes(planes.segments * planes.bytes) {
+    output.y += block * output.stride;
+    if (output.residual) output.residual += block * output.stride;
+    if (!int8) {
+      rows = kFloatRows;
+    } else if (tokens > 1) {
+      rows = kPanelRows;
+    } else {
+      rows = static_cast<int>(
+          std::clamp<size_t>(kChunkBytes / row_bytes / 4 * 4, 4, kMostRows));
+    }
+    // So that each thread has some, and the last to end is not long alone.
+    while (rows > 16 && matrix.outputs / rows < 8) rows /= 2;
+    chunks = static_cast<int>((matrix.outputs + rows - 1) / rows);
+  }
+};
+
+// The scale of each row, or null where they lie along inputs.
 const float* row_scales(const Matrix& m, int64_t first, int rows, float* out) {
   if (m.along_inputs) return nullptr;
   const int64_t run = m.outputs / m.blocks;
   if (run == 1) return m.scale + first;
-  for (int r = 0; r < rows; ++r) out[r] = m.scale[(first + r) / run];
+  for (int r = 0; r < rows;) {
+    const int64_t block = (first + r) / run;
+    const int64_t end = std::min<int64_t>(rows, (block + 1) * run - first);
+    while (r < end) out[r++] = m.scale[block];
+  }
   return out;
 }
 
 // Sums times scales, over segments in order; every product is rounded before
 // it is added (-ffp-contract=off), as the reference says.
 template <class Sum>
-void scale_and_store(const Matrix& m, const Prepared& x, const Sum* sums,
-                     const float* scales, int64_t first, int rows, int token,
-                     const Output& out) {
-  const Planes planes = m.planes();
+void scale_and_store(const Work& work, const Prepared& x, const Sum* sums,
+                     const float* scales, int64_t first, int rows, int token) {
+  const Matrix& m = work.matrix;
+  const Output& out = work.output;
+  const int segments = work.planes.segments;
   constexpr bool int8 = std::is_integral_v<Sum>;
   const size_t at = token * out.stride + first;
   float y[kMostRows];  // not out.y yet, which may be the residual
@@ -64,14 +94,14 @@ void scale_and_store(const Matrix& m, const Prepared& x, const Sum* sums,
   auto value = [&](int s, int r) {
     Sum sum = sums[s * segment + static_cast<size_t>(token) * rows + r];
     if constexpr (int8)
-      sum -= kOffset[m.format] * x.sums[token * planes.segments + s];
+      sum -= kOffset[m.format] * x.sums[token * segments + s];
     return static_cast<float>(sum);
   };
   if (scales) {
     for (int r = 0; r < rows; ++r) y[r] = value(0, r) * scales[r];
   } else {
     for (int r = 0; r < rows; ++r) y[r] = value(0, r) * m.scale[0];
-    for (int s = 1; s < planes.segments; ++s)
+    for (int s = 1; s < segments; ++s)
       for (int r = 0; r < rows; ++r) y[r] += value(s, r) * m.scale[s];
   }
   if constexpr (int8)
@@ -81,10 +111,10 @@ void scale_and_store(const Matrix& m, const Prepared& x, const Sum* sums,
   std::copy_n(y, rows, out.y + at);
 }
 
-void multiply_chunk(const Kernel& kernel, const Product& product,
-                    const Prepared& x, bool int8, int64_t first, int rows) {
-  const Matrix& m = product.matrix;
-  const Planes planes = m.planes();
+void multiply_chunk(const Kernel& kernel, const Work& work, const Prepared& x,
+                    bool int8, int64_t first, int rows) {
+  const Matrix& m = work.matrix;
+  const Planes& planes = work.planes;
   uint8_t* scratch = static_cast<uint8_t*>(
       thread_memory(kScratchSlot, scratch_bytes(planes, rows)));
   const size_t segment = static_cast<size_t>(x.count) * rows;
@@ -92,8 +122,8 @@ void multiply_chunk(const Kernel& kernel, const Product& product,
       kSumsSlot, planes.segments * segment * 4 + rows * sizeof(float));
   float* scale_memory = static_cast<float*>(sums) + planes.segments * segment;
   for (int s = 0; s < planes.segments; ++s) {
-    const Rows part{m.data + first * m.row_bytes() + s * planes.bytes,
-                    m.row_bytes(), planes.bytes, rows};
+    const Rows part{m.data + first * work.row_bytes + s * planes.bytes,
+                    work.row_bytes, planes.bytes, rows};
     if (!int8) {
       const Tokens<float> tokens{x.values + s * planes.segment(), planes.plane,
                                  planes.token(), x.count};
@@ -117,11 +147,11 @@ void multiply_chunk(const Kernel& kernel, const Product& product,
   const float* scales = row_scales(m, first, rows, scale_memory);
   for (int t = 0; t < x.count; ++t) {
     if (int8)
-      scale_and_store(m, x, static_cast<int32_t*>(sums), scales, first, rows, t,
-                      product.output);
+      scale_and_store(work, x, static_cast<int32_t*>(sums), scales, first, rows,
+                      t);
     else
-      scale_and_store(m, x, static_cast<float*>(sums), scales, first, rows, t,
-                      product.output);
+      scale_and_store(work, x, static_cast<float*>(sums), scales, first, rows,
+                      t);
   }
 }
 
@@ -204,34 +234,24 @@ void multiply(Team& team, const Kernel& kernel, int64_t tokens, bool int8,
         static_cast<int>(std::min<int64_t>(kTokenBlock, tokens - block));
     const Prepared x = prepare(team, kernel, planes, products[0].matrix.inputs,
                                int8, block, block_tokens, source);
+    std::vector<Work> works;
     int chunks = 0;
-    size_t work = 0;
+    size_t cost = 0;
     for (int i = 0; i < count; ++i) {
-      const Matrix& m = products[i].matrix;
-      const int rows = rows_a_chunk(m, int8, block_tokens);
-      chunks += static_cast<int>((m.outputs + rows - 1) / rows);
-      work += m.outputs * m.row_bytes() * block_tokens;
+      const Work& work =
+          works.emplace_back(products[i], int8, block, block_tokens);
+      chunks += work.chunks;
+      cost += work.matrix.outputs * work.row_bytes * block_tokens;
     }
     auto one = [&](int chunk) {
-      int i = 0;
-      int rows;
-      for (;; ++i) {
-        const Matrix& m = products[i].matrix;
-        rows = rows_a_chunk(m, int8, block_tokens);
-        const int here = static_cast<int>((m.outputs + rows - 1) / rows);
-        if (chunk < here) break;
-        chunk -= here;
-      }
-      Product product = products[i];
-      const int64_t first = static_cast<int64_t>(chunk) * rows;
-      product.output.y += block * product.output.stride;
-      if (product.output.residual)
-        product.output.residual += block * product.output.stride;
-      multiply_chunk(kernel, product, x, int8, first,
-                     static_cast<int>(std::min<int64_t>(
-                         rows, product.matrix.outputs - first)));
+      const Work* work = works.data();
+      while (chunk >= work->chunks) chunk -= (work++)->chunks;
+      const int64_t first = static_cast<int64_t>(chunk) * work->rows;
+      const int rows = static_cast<int>(
+          std::min<int64_t>(work->rows, work->matrix.outputs - first));
+      multiply_chunk(kernel, *work, x, int8, first, rows);
     };
-    if (work < kAlone) {
+    if (cost < kAlone) {
       for (int i = 0; i < chunks; ++i) one(i);
     } else {
       team.run(chunks, one);
