@@ -172,6 +172,64 @@ TRITERA_INLINE __m128i four_rows(const uint8_t* const row[4], size_t bytes,
   return sum_lanes(result[0], result[1], result[2], result[3]);
 }
 
+// T tokens by four rows, for so few tokens that a row's digits are taken apart
+// in registers and not stored: T * 4 sums, and the rows, have to fit.
+template <Format format, int T>
+TRITERA_INLINE void few_tokens(const uint8_t* const row[4], size_t bytes,
+                               const int8_t* x, size_t plane, size_t token,
+                               int32_t* sums, int row_count, __mmask8 wanted) {
+  const __m512i three = _mm512_set1_epi8(3);
+  __m512i sum[T][4] = {};
+  const auto add = [&](const __m512i digits[4], const int8_t* at)
+                       __attribute__((always_inline)) {
+#pragma GCC unroll 5
+    for (int t = 0; t < T; ++t) {
+      const __m512i v = _mm512_load_si512(at + t * token);
+#pragma GCC unroll 4
+      for (int r = 0; r < 4; ++r) sum[t][r] = dot(sum[t][r], digits[r], v);
+    }
+  };
+  for (size_t p = 0; p < bytes; p += 64) {
+    const __mmask64 in = first_bytes(bytes - p);
+    __m512i v[4], digits[4];
+#pragma GCC unroll 4
+    for (int r = 0; r < 4; ++r) {
+      prefetch(row[r] + p);
+      v[r] = _mm512_maskz_loadu_epi8(in, row[r] + p);
+    }
+    if constexpr (format == kByte) {
+      add(v, x + p);
+      continue;
+    }
+#if defined(__AVX512VBMI__)
+    if constexpr (format == kBaseThree) {
+      const Table four(kTrits.four), fifth(kTrits.fifth);
+#pragma GCC unroll 4
+      for (int r = 0; r < 4; ++r) {
+        digits[r] = fifth(v[r]);
+        v[r] = four(v[r]);
+      }
+      add(digits, x + 4 * plane + p);
+    }
+#endif
+#pragma GCC unroll 4
+    for (int i = 0; i < 4; ++i) {
+#pragma GCC unroll 4
+      for (int r = 0; r < 4; ++r) {
+        digits[r] = _mm512_and_si512(v[r], three);
+        v[r] = _mm512_srli_epi16(v[r], 2);
+      }
+      add(digits, x + i * plane + p);
+    }
+  }
+#pragma GCC unroll 5
+  for (int t = 0; t < T; ++t) {
+    _mm_mask_storeu_epi32(
+        sums + t * row_count, wanted,
+        sum_lanes(sum[t][0], sum[t][1], sum[t][2], sum[t][3]));
+  }
+}
+
 // The digits of one row as `Planes` lays a segment out.
 template <Format format>
 TRITERA_INLINE void decode_row(const uint8_t* row, size_t bytes, size_t plane,
@@ -228,9 +286,10 @@ TRITERA_INLINE void tile(const uint8_t* digits, size_t length, size_t stride,
   }
 }
 
-// Tokens for which decoding rows beforehand does not pay: the second and third
-// find a row in the first cache.
-constexpr int kRowTokens = 3;
+// Up to so many tokens a row is taken apart anew for each tile of them, up to
+// kFewTile at once; past it, once for all.
+constexpr int kFewTokens = 12;
+constexpr int kFewTile = 4;
 constexpr int kTileTokens = 6;
 
 template <Format format>
@@ -238,7 +297,7 @@ TRITERA_INLINE void dot_int8_all(const Rows& rows,
                                  const Tokens<int8_t>& tokens, int32_t* sums,
                                  uint8_t* scratch) {
   const int last = rows.count - 1;
-  if (tokens.count <= kRowTokens) {
+  if (tokens.count <= kFewTokens) {
     for (int r = 0; r < rows.count; r += 4) {
       const uint8_t* row[4];
       for (int i = 0; i < 4; ++i) {
@@ -246,11 +305,30 @@ TRITERA_INLINE void dot_int8_all(const Rows& rows,
         row[i] = rows.data + at * rows.stride;
       }
       const int left = rows.count - r < 4 ? rows.count - r : 4;
-      for (int t = 0; t < tokens.count; ++t) {
-        _mm_mask_storeu_epi32(
-            sums + t * rows.count + r, static_cast<__mmask8>((1 << left) - 1),
-            four_rows<format>(row, rows.bytes, tokens.x + t * tokens.token,
-                              tokens.plane));
+      const __mmask8 wanted = static_cast<__mmask8>((1 << left) - 1);
+      int tiles = (tokens.count + kFewTile - 1) / kFewTile;
+      for (int t = 0; t < tokens.count; --tiles) {
+        const int T = (tokens.count - t + tiles - 1) / tiles;
+        const int8_t* x = tokens.x + t * tokens.token;
+        int32_t* out = sums + t * rows.count + r;
+        switch (T) {
+          case 1:
+            _mm_mask_storeu_epi32(
+                out, wanted, four_rows<format>(row, rows.bytes, x, tokens.plane));
+            break;
+          case 2:
+            few_tokens<format, 2>(row, rows.bytes, x, tokens.plane,
+                                  tokens.token, out, rows.count, wanted);
+            break;
+          case 3:
+            few_tokens<format, 3>(row, rows.bytes, x, tokens.plane,
+                                  tokens.token, out, rows.count, wanted);
+            break;
+          default:
+            few_tokens<format, 4>(row, rows.bytes, x, tokens.plane,
+                                  tokens.token, out, rows.count, wanted);
+        }
+        t += T;
       }
     }
     return;
@@ -273,14 +351,6 @@ TRITERA_INLINE void dot_int8_all(const Rows& rows,
       int32_t* out = sums + t * rows.count + r;
       const int left = rows.count - r < 4 ? rows.count - r : 4;
       switch (T) {
-        case 2:
-          tile<2>(digits, length, stride, x, tokens.token, out, rows.count,
-                  left);
-          break;
-        case 3:
-          tile<3>(digits, length, stride, x, tokens.token, out, rows.count,
-                  left);
-          break;
         case 4:
           tile<4>(digits, length, stride, x, tokens.token, out, rows.count,
                   left);

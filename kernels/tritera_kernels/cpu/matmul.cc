@@ -18,7 +18,9 @@ namespace {
 constexpr int kTokenBlock = 256;
 // A chunk of one token's work.
 constexpr size_t kChunkBytes = 65536;
-constexpr int kPanelRows = 32;  // decoded at once for several tokens
+constexpr int kPanelRows = 32;  // decoded at once for many tokens
+constexpr int kFewTokens = 12;  // for which they are not: see avx512_inline.h
+constexpr int kFewTokenRows = 128;
 constexpr int kMostRows = 512;  // of a chunk
 constexpr int kFloatRows = 64;  // see avx512_inline.h
 // Work below this (bytes of weights times tokens) is not worth a helper.
@@ -55,7 +57,7 @@ struct Work {
     if (!int8) {
       rows = kFloatRows;
     } else if (tokens > 1) {
-      rows = kPanelRows;
+      rows = tokens > kFewTokens ? kPanelRows : kFewTokenRows;
     } else {
       rows = static_cast<int>(
           std::clamp<size_t>(kChunkBytes / row_bytes / 4 * 4, 4, kMostRows));
