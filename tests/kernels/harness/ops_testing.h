@@ -113,7 +113,7 @@ class Block {
     std::copy(from.begin(), from.end(), get());
   }
   ~Block() { free(data_); }
-  Block(const Block&) = delete;
+  Block(Block&& from) : data_(from.data_), n_(from.n_) { from.data_ = nullptr; }
   Block& operator=(const Block&) = delete;
   T* get() const { return static_cast<T*>(data_); }
   T& operator[](size_t i) const { return get()[i]; }
@@ -134,6 +134,35 @@ inline float from_bfloat16(uint16_t x) {
   float y;
   memcpy(&y, &bits, 4);
   return y;
+}
+
+struct Quantized {
+  std::vector<int> q;
+  float scale;
+};
+
+// As tritera_kernels.matmul.reference.quantize_activations.
+inline Quantized quantized(const std::vector<float>& x) {
+  int32_t most = 0;
+  for (float value : x) {
+    int32_t bits;
+    memcpy(&bits, &value, 4);
+    most = std::max(most, bits & 0x7fffffff);
+  }
+  float absmax;
+  memcpy(&absmax, &most, 4);
+  Quantized out{std::vector<int>(x.size(), 0), 0};
+  if (!isfinite(absmax)) {
+    out.scale = kNan;
+  } else if (!(absmax < 1e-30f)) {
+    float factor = 127.0f / absmax;
+    for (size_t i = 0; i < x.size(); ++i) {
+      float product = x[i] * factor;
+      out.q[i] = std::clamp<int>(nearbyintf(product), -127, 127);
+    }
+    out.scale = absmax * static_cast<float>(1.0 / 127);
+  }
+  return out;
 }
 
 void test_attend(const std::string& name, const Ops& ops, int trials,

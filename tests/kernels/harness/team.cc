@@ -1,83 +1,23 @@
 // SPDX-License-Identifier: Apache-2.0
 // The team of parallel.h with threads as helpers: late, absent, too many.
 #include <atomic>
-#include <chrono>
-#include <condition_variable>
 #include <cstdio>
-#include <deque>
-#include <mutex>
 #include <random>
 #include <thread>
 #include <vector>
 
 #include "harness.h"
 #include "parallel.h"
+#include "pool.h"
 
 namespace {
 
-// Runs tasks on `threads` threads, each after a random delay of up to
-// `delay_us`; on none of them where threads = 0: then they run at the end.
-class Pool {
- public:
-  Pool(int threads, int delay_us) {
-    for (int i = 0; i < threads; ++i)
-      threads_.emplace_back([this, i, delay_us] { loop(i, delay_us); });
-  }
-  ~Pool() {
-    {
-      std::lock_guard<std::mutex> lock(mutex_);
-      closed_ = true;
-    }
-    wake_.notify_all();
-    for (std::thread& thread : threads_) thread.join();
-    while (!tasks_.empty()) {
-      tasks_.front()();
-      tasks_.pop_front();
-    }
-  }
-  void schedule(std::function<void()> task) {
-    {
-      std::lock_guard<std::mutex> lock(mutex_);
-      tasks_.push_back(std::move(task));
-    }
-    wake_.notify_one();
-  }
-
- private:
-  void loop(int seed, int delay_us) {
-    std::minstd_rand random(seed + 1);
-    for (;;) {
-      std::function<void()> task;
-      {
-        std::unique_lock<std::mutex> lock(mutex_);
-        wake_.wait(lock, [this] { return closed_ || !tasks_.empty(); });
-        if (tasks_.empty()) return;
-        task = std::move(tasks_.front());
-        tasks_.pop_front();
-      }
-      if (delay_us > 0) {
-        std::this_thread::sleep_for(
-            std::chrono::microseconds(random() % delay_us));
-      }
-      task();
-    }
-  }
-
-  std::mutex mutex_;
-  std::condition_variable wake_;
-  std::deque<std::function<void()>> tasks_;
-  std::vector<std::thread> threads_;
-  bool closed_ = false;
-};
+using testing::Pool;
 
 // Phases of random numbers of chunks, each chunk writing plain memory that the
 // caller and the chunks of the next phase read.
-long phases(Pool& pool, int threads, int count, int most, unsigned seed) {
-  tritera::Helpers helpers;
-  helpers.threads = threads;
-  helpers.schedule = [&pool](std::function<void()> task) {
-    pool.schedule(std::move(task));
-  };
+long phases(const tritera::Helpers& helpers, int count, int most,
+            unsigned seed) {
   tritera::Team team(helpers);
   std::minstd_rand random(seed);
   std::vector<long> before(most, 0), now(most, 0);
@@ -115,17 +55,33 @@ bool test_team(int scale) {
       {"more tasks than threads", 1, 5, 500, 1000, 50},
       {"helpers that never start", 0, 3, 0, 1000, 50},
       {"more helpers than a team takes", 2, 100, 0, 20, 500},
+      {"fewer helpers than none", 0, -1, 0, 100, 40},
   };
   bool good = true;
   for (const Case& c : cases) {
     long wrong = 0;
     for (int i = 0; i < 4; ++i) {
       Pool pool(c.pool, c.delay_us);
-      wrong += phases(pool, c.threads, c.count * scale, c.most, i + 1);
+      wrong += phases(pool.helpers(c.threads), c.count * scale, c.most, i + 1);
     }
     std::printf("team: %-32s %s\n", c.what, wrong ? "WRONG" : "ok");
     good = good && wrong == 0;
   }
+  const tritera::Helpers full{3, [](std::function<void()> task) { task(); }};
+  const long in_caller = phases(full, 100, 40, 1);
+  std::printf("team: %-32s %s\n", "a pool that runs tasks at once",
+              in_caller ? "WRONG" : "ok");
+  // More chunks than a run's word counts.
+  std::atomic<long> sum{0};
+  const int chunks = (2 << 20) + 5;
+  {
+    Pool pool(1, 0);
+    const tritera::Helpers helpers = pool.helpers(1);
+    tritera::Team(helpers).run(chunks, [&sum](int chunk) { sum += chunk; });
+  }
+  const bool many = sum == long{chunks} * (chunks - 1) / 2;
+  std::printf("team: %-32s %s\n", "millions of chunks", many ? "ok" : "WRONG");
+  good = good && !in_caller && many;
   // Many calls at the same time on one small pool.
   std::atomic<long> wrong{0};
   {
@@ -134,7 +90,7 @@ bool test_team(int scale) {
     for (int i = 0; i < 4; ++i) {
       callers.emplace_back([&pool, &wrong, i, scale] {
         for (int call = 0; call < 50 * scale; ++call)
-          wrong += phases(pool, 2, 10, 20, 100 * i + call + 1);
+          wrong += phases(pool.helpers(2), 10, 20, 100 * i + call + 1);
       });
     }
     for (std::thread& caller : callers) caller.join();

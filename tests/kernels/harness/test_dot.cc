@@ -8,10 +8,6 @@
 // end where a page begins that may not be touched.
 #include <time.h>
 #include <unistd.h>
-#if defined(__aarch64__)
-#include <asm/hwcap.h>
-#include <sys/auxv.h>
-#endif
 
 #include <algorithm>
 #include <cstdio>
@@ -24,24 +20,7 @@
 #include "case.h"
 #include "harness.h"
 #include "kernel.h"
-#include "ops.h"
-
-namespace tritera {
-
-// Stand-ins for files that are not linked.
-#define WEAK __attribute__((weak))
-WEAK const Ops* portable_ops() { return nullptr; }
-WEAK const Ops* avx2_ops() { return nullptr; }
-WEAK const Ops* avx512_ops() { return nullptr; }
-WEAK const Ops* neon_ops() { return nullptr; }
-WEAK const Kernel* avx2_kernel() { return nullptr; }
-WEAK const Kernel* avx512_kernel() { return portable_kernel(); }
-WEAK const Kernel* amx_kernel() { return nullptr; }
-WEAK const Kernel* neon_kernel() { return nullptr; }
-WEAK const Kernel* neon_i8mm_kernel() { return nullptr; }
-WEAK bool amx_allowed() { return false; }
-
-}  // namespace tritera
+#include "machine.h"
 
 namespace {
 
@@ -258,25 +237,8 @@ bool print(const std::vector<Tested>& tested) {
 
 std::vector<Tested> kernels() {
   std::vector<Tested> all;
-  const auto add = [&all](const Kernel* kernel) {
-    if (kernel) all.push_back({kernel, {}, {}, {}});
-  };
-  add(portable_kernel());
-#if defined(__x86_64__)
-  if (__builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma"))
-    add(avx2_kernel());
-  if (__builtin_cpu_supports("avx512bw") &&
-      __builtin_cpu_supports("avx512vl") &&
-      __builtin_cpu_supports("avx512dq") &&
-      __builtin_cpu_supports("avx512vnni") &&
-      __builtin_cpu_supports("avx512vbmi")) {
-    if (avx512_kernel() != portable_kernel()) add(avx512_kernel());
-    if (amx_allowed()) add(amx_kernel());
-  }
-#elif defined(__aarch64__)
-  if (getauxval(AT_HWCAP) & HWCAP_ASIMDDP) add(neon_kernel());
-  if (getauxval(AT_HWCAP2) & HWCAP2_I8MM) add(neon_i8mm_kernel());
-#endif
+  for (const Kernel* kernel : testing::machine_kernels())
+    all.push_back({kernel, {}, {}, {}});
   return all;
 }
 

@@ -7,35 +7,6 @@ namespace {
 
 using tritera::Planes;
 
-struct Quantized {
-  std::vector<int> q;
-  float scale;
-};
-
-// As tritera_kernels.matmul.reference.quantize_activations.
-Quantized quantized(const std::vector<float>& x) {
-  int32_t most = 0;
-  for (float value : x) {
-    int32_t bits;
-    memcpy(&bits, &value, 4);
-    most = std::max(most, bits & 0x7fffffff);
-  }
-  float absmax;
-  memcpy(&absmax, &most, 4);
-  Quantized out{std::vector<int>(x.size(), 0), 0};
-  if (!isfinite(absmax)) {
-    out.scale = kNan;
-  } else if (!(absmax < 1e-30f)) {
-    float factor = 127.0f / absmax;
-    for (size_t i = 0; i < x.size(); ++i) {
-      float product = x[i] * factor;
-      out.q[i] = std::clamp<int>(nearbyintf(product), -127, 127);
-    }
-    out.scale = absmax * static_cast<float>(1.0 / 127);
-  }
-  return out;
-}
-
 Planes planes_of(int segments, int planes, size_t inputs) {
   size_t bytes = (inputs + planes - 1) / planes;
   return {segments, planes, inputs, bytes, (bytes + 63) / 64 * 64};
