@@ -1,7 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0
 #include "parallel.h"
 
-#include <sched.h>
+#include <time.h>
 
 #include <algorithm>
 #include <cstdint>
@@ -25,9 +25,12 @@ constexpr uint64_t word(uint64_t phase, uint64_t first, uint64_t last) {
 }
 
 inline void relax(int& spins) {
-  // Past some microseconds the thread that is waited for may need this core.
+  // Past some tens of microseconds the thread that is waited for has probably
+  // lost its core to another process. A core that sleeps is given what waits
+  // elsewhere; one that spins, or yields, is not: it would wait milliseconds.
   if (++spins > 2000) {
-    sched_yield();
+    const timespec pause{0, 20'000};
+    nanosleep(&pause, nullptr);
     return;
   }
 #if defined(__x86_64__)
