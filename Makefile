@@ -5,7 +5,8 @@
 PYTHON ?=
 BIN := .venv/bin
 # When these change, the environment is installed anew.
-REQUIREMENTS := setup.cfg setup.py pyproject.toml
+REQUIREMENTS := setup.cfg setup.py pyproject.toml \
+  $(wildcard kernels/tritera_kernels/cpu/*.cc kernels/tritera_kernels/cpu/*.h)
 
 .PHONY: help quickstart test check bench clean
 .DELETE_ON_ERROR:

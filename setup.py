@@ -12,7 +12,9 @@ from pathlib import Path
 import platform
 
 from setuptools import Extension, find_packages, setup
+from setuptools.command.bdist_wheel import bdist_wheel
 from setuptools.command.build_ext import build_ext
+from setuptools.modified import newer_group
 
 SOURCES = Path('kernels/tritera_kernels/cpu')
 AVX512 = '-mavx2 -mfma -mavx512f -mavx512bw -mavx512vl -mavx512dq -mavx512vnni'
@@ -44,6 +46,10 @@ class BuildKernels(build_ext):
     return os.path.join(*fullname.split('.')) + '.so'  # whichever Python's
 
   def build_extension(self, ext):
+    target = self.get_ext_fullpath(ext.name)
+    inputs = [*ext.sources, *ext.depends, __file__]
+    if not (self.force or newer_group(inputs, target)):
+      return  # as it is after an installation with fewer extras
     import jaxlib  # a build requirement, for its headers
 
     flags = FLAGS.get(platform.machine().replace('arm64', 'aarch64'), {})
@@ -62,13 +68,20 @@ class BuildKernels(build_ext):
         ],
       )
     self.compiler.link_shared_object(
-      objects, self.get_ext_fullpath(ext.name), target_lang='c++'
+      objects, target, extra_postargs=['-pthread'], target_lang='c++'
     )
+
+
+class AnyPython(bdist_wheel):
+  """Names the wheel for its platform and for no version of Python."""
+
+  def get_tag(self):
+    return 'py3', 'none', super().get_tag()[2]
 
 
 setup(
   packages=find_packages(include=['tritera_jax*']) + find_packages('kernels'),
-  cmdclass={'build_ext': BuildKernels},
+  cmdclass={'build_ext': BuildKernels, 'bdist_wheel': AnyPython},
   ext_modules=[
     Extension(
       'tritera_kernels.cpu.libtritera',
