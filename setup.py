@@ -7,6 +7,7 @@ library chooses among them at run time, so a wheel runs on any processor of
 its architecture. Without a compiler the installation succeeds without it.
 """
 
+from concurrent.futures import ThreadPoolExecutor
 import os
 from pathlib import Path
 import platform
@@ -33,9 +34,9 @@ FLAGS = {
 }
 # Products are rounded before they are added, as the reference does.
 COMMON = (
-  '-std=c++17 -O3 -ffp-contract=off -fno-math-errno -fvisibility=hidden -Wall '
+  '-std=c++17 -O3 -g0 -ffp-contract=off -fno-math-errno -fvisibility=hidden '
   # gcc 12 believes its own intrinsics uninitialised.
-  '-Wno-maybe-uninitialized -Wno-uninitialized'
+  '-Wall -Wno-maybe-uninitialized -Wno-uninitialized'
 )
 
 
@@ -53,10 +54,11 @@ class BuildKernels(build_ext):
     import jaxlib  # a build requirement, for its headers
 
     flags = FLAGS.get(platform.machine().replace('arm64', 'aarch64'), {})
-    objects = []
-    for source in ext.sources:
+    headers = str(Path(jaxlib.__file__).parent / 'include')
+
+    def compile(source: str) -> list[str]:
       own = [f for part, f in flags.items() if part in Path(source).stem]
-      objects += self.compiler.compile(
+      return self.compiler.compile(
         [source],
         output_dir=self.build_temp,
         include_dirs=[str(SOURCES)],
@@ -64,9 +66,12 @@ class BuildKernels(build_ext):
           *COMMON.split(),
           *(own[-1].split() if own else ()),
           '-isystem',
-          str(Path(jaxlib.__file__).parent / 'include'),
+          headers,
         ],
       )
+
+    with ThreadPoolExecutor(os.cpu_count()) as pool:
+      objects = [o for own in pool.map(compile, ext.sources) for o in own]
     self.compiler.link_shared_object(
       objects, target, extra_postargs=['-pthread'], target_lang='c++'
     )

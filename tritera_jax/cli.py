@@ -247,11 +247,15 @@ def _generate(args: list[str]):
 
 
 def _doctor(args: list[str]):
-  def doctor():
-    """Proves the kernels that this machine would use on golden vectors."""
+  def doctor(*, measure: bool = True):
+    """Proves the kernels that this machine would use on golden vectors.
+
+    Args:
+      measure: time the C++ kernels beside the memory they read, too.
+    """
     from tritera_kernels import doctor
 
-    text, healthy = doctor.report()
+    text, healthy = doctor.report(measure=measure)
     print(text)
     if not healthy:
       raise SystemExit(1)
