@@ -148,7 +148,11 @@ def report(*, measure: bool = False) -> tuple[str, bool]:
   lines = [
     f'{jax.device_count()} x {device.device_kind}, jax {jax.__version__}'
   ]
-  on_cpu = jax.default_backend() == 'cpu' and not library.why_missing()
+  on_cpu = (
+    jax.default_backend() == 'cpu'
+    and cpu_ffi.CPU_FFI in api.IMPLEMENTATIONS
+    and not library.why_missing()
+  )
   if on_cpu:
     rows += instruction_sets()
     lines.append(f'the C++ kernels use {library.instruction_set()}')
