@@ -15,7 +15,7 @@ help:
 	@echo 'make quickstart   train a small ternary model on this machine, pack it, use it'
 	@echo 'make test         the whole test suite'
 	@echo 'make check        format, lint and types'
-	@echo 'make bench        time the kernels'
+	@echo 'make bench        time the kernels and a 1.1B model (five minutes)'
 	@echo 'make clean        remove the environment and the quickstart run'
 
 quickstart: .venv/core
@@ -30,7 +30,10 @@ check: .venv/test
 	$(BIN)/pyright
 
 bench: .venv/core
-	@$(BIN)/python kernels/bench/matmul.py
+	@$(BIN)/python kernels/bench/matmul.py --shapes 4096 1.1b_gate_up
+	@$(BIN)/python kernels/bench/decode.py
+	@$(BIN)/python kernels/bench/decode.py --format base_three
+	@$(BIN)/python kernels/bench/contention.py
 
 clean:
 	rm -rf .venv runs/quickstart data/quickstart
