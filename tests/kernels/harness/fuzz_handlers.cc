@@ -285,10 +285,11 @@ int64_t another(Random& random, int64_t size) {
 }
 
 void spoil(Random& random, Call& call) {
+  std::vector<Value>& values = random.integer(0, 3) ? call.args : call.rets;
+  if (values.empty()) return;
   const auto any = [&](std::vector<Value>& values) -> Value& {
     return values[random.integer(0, values.size() - 1)];
   };
-  std::vector<Value>& values = random.integer(0, 3) ? call.args : call.rets;
   switch (random.integer(0, 11)) {
     case 0: {
       const XLA_FFI_DataType types[] = {U8, S8, BF16, S32, F32, S64};
@@ -305,13 +306,14 @@ void spoil(Random& random, Call& call) {
       break;
     }
     case 2:
-      if (random.integer(0, 1) || values.empty())
+      if (random.integer(0, 1))
         values.push_back({F32, {random.integer(0, 3)}});
       else
         values.erase(values.begin() + random.integer(0, values.size() - 1));
       for (Value& value : call.rets) value.alias = -1;
       break;
     case 3: case 4: case 5: {
+      if (call.misnamed) return;
       auto attr = call.attrs.begin();
       std::advance(attr, random.integer(0, call.attrs.size() - 1));
       Attribute& a = attr->second;
@@ -328,7 +330,7 @@ void spoil(Random& random, Call& call) {
       break;
     }
     case 6:
-      if (random.integer(0, 3)) return;
+      if (random.integer(0, 3) || call.misnamed) return;
       call.misnamed = true;
       if (random.integer(0, 1))
         call.attrs.begin()->second.type = S32;
@@ -933,9 +935,10 @@ std::string describe(const Call& call) {
   add(call.rets);
   for (const auto& [name, a] : call.attrs)
     text += " " + name + "=" +
-            (a.type == S64   ? std::to_string(a.i)
-             : a.type == F32 ? std::to_string(a.f)
-                             : std::to_string(a.b));
+            (a.type == S64    ? std::to_string(a.i)
+             : a.type == F32  ? std::to_string(a.f)
+             : a.type == PRED ? std::to_string(a.b)
+                              : "of another type");
   return text;
 }
 
