@@ -404,6 +404,7 @@ TRITERA_INLINE void transpose(__m512i v[16]) {
 // do 32 codes. Packed bytes come transposed: 4 bytes of 16 rows a vector.
 constexpr int kGroups = 4;                // of 16 rows
 constexpr int kFloatRows = 16 * kGroups;  // at once
+constexpr size_t kColumns = 256;          // bytes that a row is fetched ahead
 
 // Vectors of 4 bytes and 64 rows; base_three's fifth digits follow each.
 template <Format format>
@@ -418,13 +419,19 @@ TRITERA_INLINE void transpose_rows(const Rows& rows, int first,
     const __mmask64 in = first_bytes(rows.bytes - p);
     const int count = static_cast<int>(
         rows.bytes - p < 64 ? (rows.bytes - p + 3) / 4 : 16);
+    // The rows are read side by side: what comes is further along them, and
+    // then in the next 64.
+    const size_t ahead = p + kColumns < rows.bytes
+                             ? p + kColumns
+                             : p + kColumns - rows.bytes +
+                                   kFloatRows * rows.stride;
     for (int g = 0; g < kGroups; ++g) {
       __m512i v[16];
 #pragma GCC unroll 16
       for (int i = 0; i < 16; ++i) {
         const int r = first + 16 * g + i;
         const uint8_t* row = rows.data + (r < last ? r : last) * rows.stride;
-        prefetch(row + p);
+        _mm_prefetch(reinterpret_cast<const char*>(row) + ahead, _MM_HINT_T0);
         v[i] = _mm512_maskz_loadu_epi8(in, row + p);
       }
       __m512i* out = quads + p / 4 * step + g;
@@ -464,12 +471,20 @@ TRITERA_INLINE __m512 pair_sums(float a, float b) {
 // Rounding, in units u = eps / 2 of sum |code x|: a pair 1, a chain of at most
 // 5 pairs 4 more, two chains 1, then double precision; the result and its
 // scale 2. In all at most 8 u = 4 eps.
+//
+// Meanwhile the 64 rows after these, from `next` on, come from memory.
 template <Format format>
 TRITERA_INLINE void float_rows(const __m512i* quads, size_t bytes,
-                               const float* x, size_t plane, float* sums) {
+                               const float* x, size_t plane,
+                               const uint8_t* next, float* sums) {
   constexpr int step = kQuadVectors<format>;
   __m512d total[kGroups][2] = {};
   for (size_t p = 0; p < bytes; p += 4, quads += step) {
+    for (int line = 0; line < 4 * kFloatRows; line += 64) {
+      _mm_prefetch(
+          reinterpret_cast<const char*>(next) + p * kFloatRows + line,
+          _MM_HINT_T1);
+    }
     __m512i index[kGroups];
     __m512 chain[2][kGroups];
 #pragma GCC unroll 4
@@ -534,7 +549,8 @@ TRITERA_INLINE void dot_float_all(const Rows& rows,
                                                       : kFloatRows;
     for (int t = 0; t < tokens.count; ++t) {
       float_rows<format>(quads, rows.bytes, tokens.x + t * tokens.token,
-                         tokens.plane, block);
+                         tokens.plane,
+                         rows.data + (first + kFloatRows) * rows.stride, block);
       float* out = sums + t * rows.count + first;
       for (int r = 0; r < count; ++r) out[r] = block[r];
     }
