@@ -792,6 +792,7 @@ void expect_matmul(Call& call, tritera::Team& team,
                    const tritera::Kernel& kernel) {
   const Value &x = call.args[0], &data = call.args[1], &scale = call.args[2];
   const Value& y = call.rets[0];
+  if (!y.count()) return;  // an axis may be of any length then
   const Matrices kind{call.i("format"), call.b("along_inputs"), call.b("int8")};
   const int64_t M = x.dims[x.dims.size() - 2], K = x.dims.back();
   const int64_t N = y.dims.back();
