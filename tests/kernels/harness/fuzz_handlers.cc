@@ -320,12 +320,12 @@ void spoil(Random& random, Call& call) {
       if (a.type == PRED) a.b = !a.b;
       if (a.type == F32) a.f = random.integer(0, 1) ? kNan : -1.0f;
       if (a.type == S64) {
-        const int64_t wide = int64_t{1} << 32;
-        const int64_t others[] = {
-            0,        -1,   2,           3,    a.i + 1,   a.i - 1,
-            2 * a.i,  1000, a.i + wide,  wide, INT64_MAX, INT64_MIN,
-            INT64_MAX / 2,  1 << 30,     -a.i};
-        a.i = others[random.integer(0, 14)];
+        const uint64_t now = a.i, wide = uint64_t{1} << 32;
+        const uint64_t others[] = {
+            0,       ~uint64_t{0}, 2,          3,    now + 1,   now - 1,
+            2 * now, 1000,         now + wide, wide, INT64_MAX, wide << 31,
+            wide << 29,            wide / 4,   -now};
+        a.i = static_cast<int64_t>(others[random.integer(0, 14)]);
       }
       break;
     }
@@ -792,6 +792,7 @@ void expect_matmul(Call& call, tritera::Team& team,
                    const tritera::Kernel& kernel) {
   const Value &x = call.args[0], &data = call.args[1], &scale = call.args[2];
   const Value& y = call.rets[0];
+  if (!y.count()) return;  // an axis may be of any length then
   const Matrices kind{call.i("format"), call.b("along_inputs"), call.b("int8")};
   const int64_t M = x.dims[x.dims.size() - 2], K = x.dims.back();
   const int64_t N = y.dims.back();
