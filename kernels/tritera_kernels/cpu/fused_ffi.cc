@@ -180,7 +180,11 @@ ffi::Error read_cache(ffi::RemainingRets& results, size_t first, bool int8,
                     part[0]->element_type() == type &&
                     part[1]->element_type() == type;
   if (!fits)
-    return refuse("cache of keys " + shape_of(k) + ", values " + shape_of(v));
+    return refuse("cache of keys " + shape_of(k) + ", values " + shape_of(v) +
+                  ", wanted " + (int8 ? "int8" : "bfloat16") + " of " +
+                  std::to_string(rows) + " rows, " + std::to_string(G) +
+                  " heads of width " + std::to_string(h) +
+                  ", 64 n slots");
   if (shape->slots && shape->slots != k[3])
     return refuse("caches of " + std::to_string(shape->slots) + " and of " +
                   std::to_string(k[3]) + " slots");

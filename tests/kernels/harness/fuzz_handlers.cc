@@ -257,7 +257,8 @@ Call some_call(Random& random) {
       }
       for (int i = 0; i < layers; ++i) {
         const auto type = small_cache ? S8 : BF16;
-        std::vector<Value> arrays = {{type, {B, G, h, S}}, {type, {B, G, S, h}}};
+        std::vector<Value> arrays = {{type, {B, G, h, S}},
+                                     {type, {B, G, S, h}}};
         if (small_cache) arrays.insert(arrays.end(), 2, {F32, {B, G, S}});
         for (Value& array : arrays) {
           call.args.push_back(array);
@@ -277,7 +278,8 @@ int64_t another(Random& random, int64_t size) {
     case 2: return 2 * size;
     case 3: return size / 2;
     case 4: return size + 64;
-    case 5: return (int64_t{1} << random.integer(16, 44)) + random.integer(0, 1);
+    case 5:
+      return (int64_t{1} << random.integer(16, 44)) + random.integer(0, 1);
     case 6: return int64_t{1} << random.integer(31, 33);
     case 7: return size > 0 ? size - 1 : 1;
     default: return size + 1;

@@ -163,8 +163,9 @@ void test_multiply(Random& random, bool large,
       int64_t at = t * stride;
       for (int i = 0; i < count; ++i)
         for (int64_t n = 0; n < weights[i].outputs; ++n, ++at)
-          most = std::max(most, oracles[i].error(t, n, y[at],
-                                                 add ? &residual[at] : nullptr));
+          most = std::max(
+              most, oracles[i].error(t, n, y[at],
+                                     add ? &residual[at] : nullptr));
       for (; at < (t + 1) * stride; ++at)
         gaps = gaps && y[at] == (add && in_place ? residual[at] : 7);
     }
