@@ -1,7 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """Times a whole packed model of random weights: reading and writing tokens.
 
-  python kernels/bench/decode.py [--format F] [--head H] [--cache C] [--smoke]
+  python kernels/bench/decode.py [--format F] [--head H] [--cache C]
+    [--pages P] [--smoke]
 
 A line of JSON for each batch size and position: the time of a token in a loop
 inside jit, tokens a second over all rows, and gigabytes of weights a second;
@@ -50,7 +51,12 @@ NO_TOKEN = -1  # a stop that never comes
 
 
 def random_packed_model(
-  config: ModelConfig, format: str, head: packed_file.Head, seed: int = 0
+  config: ModelConfig,
+  format: str,
+  head: packed_file.Head,
+  seed: int = 0,
+  *,
+  huge_pages: bool = True,
 ) -> packed_file.PackedModel:
   """A model of random valid bytes, in memory as a file's would lie.
 
@@ -58,7 +64,7 @@ def random_packed_model(
   """
   rng = np.random.default_rng(seed)
   tensors = packed_file.new_arrays(
-    packed_file.tensor_shapes(config, format, head)
+    packed_file.tensor_shapes(config, format, head), huge_pages=huge_pages
   )
   valid, codes = packed.byte_tables(format)
   table = bytes(valid[i * len(valid) // 256] for i in range(256))
@@ -121,6 +127,7 @@ def main():
   parser.add_argument('--format', default='two_bit')
   parser.add_argument('--head', default='int8', choices=['int8', 'float'])
   parser.add_argument('--cache', default='bfloat16')
+  parser.add_argument('--pages', default='huge', choices=['huge', '4k'])
   parser.add_argument('--rows', nargs='+', type=int, default=[1, 8])
   parser.add_argument('--positions', nargs='+', type=int, default=[64, 960])
   parser.add_argument('--prompt', type=int, default=512)
@@ -136,7 +143,12 @@ def main():
   print(json.dumps(record.header()))
   start = time.perf_counter()
   model = packed_decoder.bind(
-    random_packed_model(config, options.format, options.head),
+    random_packed_model(
+      config,
+      options.format,
+      options.head,
+      huge_pages=options.pages == 'huge',
+    ),
     cache=options.cache,
   )
   # The embedding is looked up, not streamed.
@@ -147,6 +159,7 @@ def main():
     'format': options.format,
     'head': options.head,
     'cache': options.cache,
+    'pages': options.pages,
     'streamed_bytes': streamed,
   }
   made = time.perf_counter() - start

@@ -200,13 +200,17 @@ def _shown(tensors: dict[str, tuple], name: str, otherwise: str) -> str:
   return f'{dtype}{list(shape)}'
 
 
-def new_arrays(shapes: dict[str, tuple]) -> dict[str, np.ndarray]:
+def new_arrays(
+  shapes: dict[str, tuple], *, huge_pages: bool = True
+) -> dict[str, np.ndarray]:
   """Arrays for all of `tensor_shapes`, in one arena; to be filled."""
   sizes = {
     name: int(np.prod(shape)) * _DTYPES[dtype]().itemsize
     for name, (dtype, shape) in shapes.items()
   }
-  arena = arena_lib.Arena(sum(map(arena_lib.aligned, sizes.values())))
+  arena = arena_lib.Arena(
+    sum(map(arena_lib.aligned, sizes.values())), huge_pages=huge_pages
+  )
   return {
     name: arena.take(shape, _DTYPES[dtype])
     for name, (dtype, shape) in shapes.items()
