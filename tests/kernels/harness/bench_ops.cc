@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: Apache-2.0
-// Speed of `attend` on one core: `make -f ops.mk bench`. The best of
+// Speed of `attend` on one core: `make bench-ops`. The best of
 // some rounds (first argument); the second argument picks a table.
 #include <time.h>
 

@@ -257,9 +257,10 @@ Call some_call(Random& random) {
       }
       for (int i = 0; i < layers; ++i) {
         const auto type = small_cache ? S8 : BF16;
-        std::vector<Value> arrays = {{type, {B, G, h, S}},
-                                     {type, {B, G, S, h}}};
-        if (small_cache) arrays.insert(arrays.end(), 2, {F32, {B, G, S}});
+        const int64_t slots = i && !random.integer(0, 9) ? S + 64 : S;
+        std::vector<Value> arrays = {{type, {B, G, h, slots}},
+                                     {type, {B, G, slots, h}}};
+        if (small_cache) arrays.insert(arrays.end(), 2, {F32, {B, G, slots}});
         for (Value& array : arrays) {
           call.args.push_back(array);
           array.alias = call.args.size() - 1;

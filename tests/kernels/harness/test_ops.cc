@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: Apache-2.0
-// Every table of `Ops` against plain references; `make -f ops.mk`.
+// Every table of `Ops` against plain references; `make ops`.
 #include "ops_testing.h"
 
 namespace testing {
