@@ -14,8 +14,13 @@ ROWS, K = 6, 512
 
 
 @pytest.fixture(scope='module')
-def bench() -> dict:
-  return runpy.run_path(str(BENCH), run_name='bench')
+def process() -> dict:
+  return runpy.run_path(str(BENCH.with_name('llama_process.py')))
+
+
+@pytest.fixture(scope='module')
+def models() -> dict:
+  return runpy.run_path(str(BENCH.with_name('random_gguf.py')))
 
 
 def run(monkeypatch, *arguments: str):
@@ -65,8 +70,8 @@ def decoded_tq1_0(block: bytes) -> list[float]:
   'type, block_bytes, decoded',
   [('tq2_0', 66, decoded_tq2_0), ('tq1_0', 54, decoded_tq1_0)],
 )
-def test_random_blocks_hold_trits(bench, type, block_bytes, decoded):
-  rows = bench['random_blocks'](type, ROWS, K, np.random.default_rng(0))
+def test_random_blocks_hold_trits(models, type, block_bytes, decoded):
+  rows = models['random_blocks'](type, ROWS, K, np.random.default_rng(0))
   assert rows.shape == (ROWS, K // 256 * block_bytes)
   weights = np.array(
     [
@@ -85,20 +90,20 @@ def test_random_blocks_hold_trits(bench, type, block_bytes, decoded):
 
 
 @pytest.mark.parametrize('type', ['tq2_0', 'tq1_0', 'f16', 'q6_k'])
-def test_the_gguf_package_reads_the_same_variance(bench, type):
+def test_the_gguf_package_reads_the_same_variance(models, type):
   gguf = pytest.importorskip('gguf')
-  rows = bench['random_blocks'](type, ROWS, K, np.random.default_rng(0))
+  rows = models['random_blocks'](type, ROWS, K, np.random.default_rng(0))
   weights = gguf.quants.dequantize(
     rows.view(np.float16) if type == 'f16' else rows,
-    gguf.GGMLQuantizationType(bench['TYPES'][type].id),
+    gguf.GGMLQuantizationType(models['TYPES'][type].id),
   )
   assert weights.shape == (ROWS, K)
   assert abs(K * np.var(weights.astype(np.float64)) - 1) < 0.1
 
 
-def test_part_of_a_block_is_refused(bench):
+def test_part_of_a_block_is_refused(models):
   with pytest.raises(ValueError, match='300 inputs are no whole blocks of 256'):
-    bench['random_blocks']('tq2_0', 1, 300, np.random.default_rng(0))
+    models['random_blocks']('tq2_0', 1, 300, np.random.default_rng(0))
 
 
 @pytest.mark.parametrize(
@@ -121,13 +126,13 @@ def test_without_the_extra_it_says_which(monkeypatch, arguments, package):
   )
 
 
-def test_an_option_that_llama_cpp_lacks_is_not_dropped(bench):
+def test_an_option_that_llama_cpp_lacks_is_not_dropped(process):
   class Options(ctypes.Structure):
     _fields_ = (('load_mode', ctypes.c_int),)
 
-  assert bench['filled'](Options(), load_mode=3).load_mode == 3
+  assert process['filled'](Options(), load_mode=3).load_mode == 3
   with pytest.raises(SystemExit, match="no \\['use_mmap'\\] in Options"):
-    bench['filled'](Options(), use_mmap=True)
+    process['filled'](Options(), use_mmap=True)
 
 
 TINY = '--d 256 --ffn 512 --layers 2 --heads 4 --kv-heads 2 --vocabulary 300'

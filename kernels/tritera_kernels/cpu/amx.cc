@@ -6,8 +6,9 @@
 
 #if defined(__linux__) && defined(__AVX512BW__) && \
     (defined(__AMX_INT8__) || defined(TRITERA_EMULATE_AMX))
-#include <immintrin.h>
 #include <string.h>
+
+#include "avx512_inline.h"
 
 #if defined(TRITERA_EMULATE_AMX)
 #include "amx_emulation.h"
@@ -41,33 +42,6 @@ void configure() {
   }
   asm volatile("" ::"r"(&config) : "memory");
   _tile_loadconfig(&config);
-}
-
-// 16 by 16 dwords.
-inline void transpose(__m512i v[kSide]) {
-  __m512i a[kSide], b[kSide];
-  for (int i = 0; i < 8; ++i) {
-    a[2 * i] = _mm512_unpacklo_epi32(v[2 * i], v[2 * i + 1]);
-    a[2 * i + 1] = _mm512_unpackhi_epi32(v[2 * i], v[2 * i + 1]);
-  }
-  for (int i = 0; i < 4; ++i) {
-    for (int j = 0; j < 2; ++j) {
-      const __m512i low = a[4 * i + j], high = a[4 * i + 2 + j];
-      b[4 * i + 2 * j] = _mm512_unpacklo_epi64(low, high);
-      b[4 * i + 2 * j + 1] = _mm512_unpackhi_epi64(low, high);
-    }
-  }
-  // b[4 i + j]: dwords j, 4 + j, 8 + j and 12 + j of rows 4 i .. 4 i + 3.
-  for (int j = 0; j < 4; ++j) {
-    const __m512i even_low = _mm512_shuffle_i32x4(b[j], b[4 + j], 0x88);
-    const __m512i odd_low = _mm512_shuffle_i32x4(b[j], b[4 + j], 0xdd);
-    const __m512i even_high = _mm512_shuffle_i32x4(b[8 + j], b[12 + j], 0x88);
-    const __m512i odd_high = _mm512_shuffle_i32x4(b[8 + j], b[12 + j], 0xdd);
-    v[j] = _mm512_shuffle_i32x4(even_low, even_high, 0x88);
-    v[4 + j] = _mm512_shuffle_i32x4(odd_low, odd_high, 0x88);
-    v[8 + j] = _mm512_shuffle_i32x4(even_low, even_high, 0xdd);
-    v[12 + j] = _mm512_shuffle_i32x4(odd_low, odd_high, 0xdd);
-  }
 }
 
 inline int tiles_of(int tokens) { return (tokens + kPanel - 1) / kPanel * 2; }

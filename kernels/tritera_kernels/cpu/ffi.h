@@ -14,7 +14,6 @@ namespace ffi = xla::ffi;
 
 using F32 = ffi::Buffer<ffi::F32>;
 using F32Result = ffi::ResultBuffer<ffi::F32>;
-using AnyBuffers = ffi::RemainingArgs;
 
 inline Helpers helpers_of(ffi::ThreadPool& pool) {
   return {static_cast<int>(pool.num_threads()) - 1,

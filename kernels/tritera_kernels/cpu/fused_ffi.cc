@@ -362,30 +362,25 @@ XLA_FFI_DEFINE_HANDLER_SYMBOL(tritera_norm_matmul, tritera::norm_matmul,
                                   .Attr<bool>("int8")
                                   .Attr<float>("epsilon"));
 
+// Of both matmuls that add to a residual.
+static auto add_binding() {
+  return ffi::Ffi::Bind()
+      .Ctx<ffi::ThreadPool>()
+      .Arg<tritera::F32>()
+      .Arg<ffi::AnyBuffer>()
+      .Arg<ffi::AnyBuffer>()
+      .Arg<tritera::F32>()
+      .Ret<tritera::F32>()
+      .Attr<int64_t>("format")
+      .Attr<bool>("along_inputs")
+      .Attr<bool>("int8");
+}
+
 XLA_FFI_DEFINE_HANDLER_SYMBOL(tritera_matmul_add, tritera::matmul_add,
-                              ffi::Ffi::Bind()
-                                  .Ctx<ffi::ThreadPool>()
-                                  .Arg<tritera::F32>()
-                                  .Arg<ffi::AnyBuffer>()
-                                  .Arg<ffi::AnyBuffer>()
-                                  .Arg<tritera::F32>()
-                                  .Ret<tritera::F32>()
-                                  .Attr<int64_t>("format")
-                                  .Attr<bool>("along_inputs")
-                                  .Attr<bool>("int8"));
+                              add_binding());
 
 XLA_FFI_DEFINE_HANDLER_SYMBOL(tritera_swiglu_matmul_add,
-                              tritera::swiglu_matmul_add,
-                              ffi::Ffi::Bind()
-                                  .Ctx<ffi::ThreadPool>()
-                                  .Arg<tritera::F32>()
-                                  .Arg<ffi::AnyBuffer>()
-                                  .Arg<ffi::AnyBuffer>()
-                                  .Arg<tritera::F32>()
-                                  .Ret<tritera::F32>()
-                                  .Attr<int64_t>("format")
-                                  .Attr<bool>("along_inputs")
-                                  .Attr<bool>("int8"));
+                              tritera::swiglu_matmul_add, add_binding());
 
 XLA_FFI_DEFINE_HANDLER_SYMBOL(tritera_attention, tritera::attend,
                               ffi::Ffi::Bind()
