@@ -97,79 +97,58 @@ TRITERA_INLINE __m128i sum_lanes(__m512i a, __m512i b, __m512i c, __m512i d) {
                        _mm256_extracti128_si256(half, 1));
 }
 
-// One token, four rows (the same row again past the last). A two_bit digit is
-// left where it is in its byte: each plane has its own sum, 4^plane too large.
+// One token, one row. A two_bit digit is left where it is in its byte: each
+// plane has its own sum, 4^plane too large.
+template <Format format>
+TRITERA_INLINE __m512i one_row(const uint8_t* row, size_t bytes,
+                               const int8_t* x, size_t plane) {
+  const __m512i m0 = _mm512_set1_epi8(3), m1 = _mm512_set1_epi8(12);
+  const __m512i m2 = _mm512_set1_epi8(48), m3 = _mm512_set1_epi8(-64);
+  __m512i sum[4] = {};
+#if defined(__AVX512VBMI__)
+  const Table four(kTrits.four), fifth(kTrits.fifth);
+#endif
+  for (size_t p = 0; p < bytes; p += 64) {
+    _mm_prefetch(reinterpret_cast<const char*>(row) + p + kFar, _MM_HINT_T1);
+    const __m512i v =
+        _mm512_maskz_loadu_epi8(first_bytes(bytes - p), row + p);
+    const auto x_of = [&](int i) __attribute__((always_inline)) {
+      return _mm512_load_si512(x + i * plane + p);
+    };
+    if constexpr (format == kByte) {
+      sum[0] = dot(sum[0], v, x_of(0));
+    } else if constexpr (format == kTwoBit) {
+      sum[0] = dot(sum[0], _mm512_and_si512(v, m0), x_of(0));
+      sum[1] = dot(sum[1], _mm512_and_si512(v, m1), x_of(1));
+      sum[2] = dot(sum[2], _mm512_and_si512(v, m2), x_of(2));
+      sum[3] = dot(sum[3], _mm512_and_si512(v, m3), x_of(3));
+    } else {
+#if defined(__AVX512VBMI__)
+      const __m512i low = four(v);
+      sum[0] = dot(sum[0], _mm512_and_si512(low, m0), x_of(0));
+      sum[1] = dot(sum[1], _mm512_and_si512(low, m1), x_of(1));
+      sum[2] = dot(sum[2], _mm512_and_si512(low, m2), x_of(2));
+      sum[3] = dot(sum[3], _mm512_and_si512(low, m3), x_of(3));
+      sum[0] = dot(sum[0], fifth(v), x_of(4));
+#endif
+    }
+  }
+  if constexpr (format == kByte) return sum[0];
+  return _mm512_add_epi32(
+      _mm512_add_epi32(sum[0], _mm512_srai_epi32(sum[1], 2)),
+      _mm512_add_epi32(_mm512_srai_epi32(sum[2], 4),
+                       _mm512_srai_epi32(sum[3], 6)));
+}
+
+// One token, four rows, one after another: a thread reads one stream, which
+// the processor fetches by itself. Side by side, they depend on software to be
+// fetched, and take up to twice as long when memory answers slowly.
 template <Format format>
 TRITERA_INLINE __m128i four_rows(const uint8_t* const row[4], size_t bytes,
                                  const int8_t* x, size_t plane) {
-  const __m512i m0 = _mm512_set1_epi8(3), m1 = _mm512_set1_epi8(12);
-  __m512i result[4];
-  if constexpr (format == kByte) {
-    __m512i sum[4] = {};
-    for (size_t p = 0; p < bytes; p += 64) {
-      const __mmask64 in = first_bytes(bytes - p);
-      const __m512i x0 = _mm512_load_si512(x + p);
-#pragma GCC unroll 4
-      for (int r = 0; r < 4; ++r) {
-        prefetch(row[r] + p);
-        sum[r] = dot(sum[r], _mm512_maskz_loadu_epi8(in, row[r] + p), x0);
-      }
-    }
-    for (int r = 0; r < 4; ++r) result[r] = sum[r];
-  } else if constexpr (format == kTwoBit) {
-    const __m512i m2 = _mm512_set1_epi8(48), m3 = _mm512_set1_epi8(-64);
-    __m512i sum[4][4] = {};
-    for (size_t p = 0; p < bytes; p += 64) {
-      const __mmask64 in = first_bytes(bytes - p);
-      const __m512i x0 = _mm512_load_si512(x + p);
-      const __m512i x1 = _mm512_load_si512(x + plane + p);
-      const __m512i x2 = _mm512_load_si512(x + 2 * plane + p);
-      const __m512i x3 = _mm512_load_si512(x + 3 * plane + p);
-#pragma GCC unroll 4
-      for (int r = 0; r < 4; ++r) {
-        prefetch(row[r] + p);
-        const __m512i v = _mm512_maskz_loadu_epi8(in, row[r] + p);
-        sum[r][0] = dot(sum[r][0], _mm512_and_si512(v, m0), x0);
-        sum[r][1] = dot(sum[r][1], _mm512_and_si512(v, m1), x1);
-        sum[r][2] = dot(sum[r][2], _mm512_and_si512(v, m2), x2);
-        sum[r][3] = dot(sum[r][3], _mm512_and_si512(v, m3), x3);
-      }
-    }
-    for (int r = 0; r < 4; ++r) {
-      const __m512i low =
-          _mm512_add_epi32(sum[r][0], _mm512_srai_epi32(sum[r][1], 2));
-      const __m512i high = _mm512_add_epi32(_mm512_srai_epi32(sum[r][2], 4),
-                                            _mm512_srai_epi32(sum[r][3], 6));
-      result[r] = _mm512_add_epi32(low, high);
-    }
-  } else {
-#if defined(__AVX512VBMI__)
-    const Table four(kTrits.four), fifth(kTrits.fifth);
-    __m512i sum[4][2] = {};  // of digits, and of four times digits
-    for (size_t p = 0; p < bytes; p += 64) {
-      const __mmask64 in = first_bytes(bytes - p);
-      const __m512i x0 = _mm512_load_si512(x + p);
-      const __m512i x1 = _mm512_load_si512(x + plane + p);
-      const __m512i x2 = _mm512_load_si512(x + 2 * plane + p);
-      const __m512i x3 = _mm512_load_si512(x + 3 * plane + p);
-      const __m512i x4 = _mm512_load_si512(x + 4 * plane + p);
-#pragma GCC unroll 4
-      for (int r = 0; r < 4; ++r) {
-        prefetch(row[r] + p);
-        const __m512i v = _mm512_maskz_loadu_epi8(in, row[r] + p);
-        const __m512i low = four(v), high = _mm512_srli_epi16(low, 4);
-        sum[r][0] = dot(sum[r][0], _mm512_and_si512(low, m0), x0);
-        sum[r][1] = dot(sum[r][1], _mm512_and_si512(low, m1), x1);
-        sum[r][0] = dot(sum[r][0], _mm512_and_si512(high, m0), x2);
-        sum[r][1] = dot(sum[r][1], _mm512_and_si512(high, m1), x3);
-        sum[r][0] = dot(sum[r][0], fifth(v), x4);
-      }
-    }
-    for (int r = 0; r < 4; ++r)
-      result[r] = _mm512_add_epi32(sum[r][0], _mm512_srai_epi32(sum[r][1], 2));
-#endif
-  }
-  return sum_lanes(result[0], result[1], result[2], result[3]);
+  __m512i sum[4];
+  for (int r = 0; r < 4; ++r) sum[r] = one_row<format>(row[r], bytes, x, plane);
+  return sum_lanes(sum[0], sum[1], sum[2], sum[3]);
 }
 
 // T tokens by four rows, for so few tokens that a row's digits are taken apart
