@@ -118,7 +118,7 @@ def _train(args: list[str]):
       dry_run: say what this process would be and check what can be checked
         without the others and their devices; train nothing.
     """
-    from tritera_jax.train import loop, metrics, step
+    from tritera_jax.train import exits, loop, metrics, step
 
     if dry_run:
       words, sizes = processes.plan(processes.find(launch), experiment.mesh)
@@ -132,11 +132,8 @@ def _train(args: list[str]):
       text = processes.device_map(experiment.mesh)
       if place.process == 0:
         print(text, file=sys.stderr)
-    try:
+    with exits.told(place.processes):
       loop.train(experiment)
-    except loop.Stopped as stopped:
-      print(f'tritera train: {stopped}', file=sys.stderr)
-      raise SystemExit(128 + stopped.number) from None
     if place.process == 0:
       print(f'loss curve: {metrics.plot(experiment.run.folder)}')
 
@@ -320,12 +317,27 @@ def _doctor(args: list[str]):
   tyro.cli(doctor, args=args, prog='tritera doctor')
 
 
+def _goodput(args: list[str]):
+  def goodput(run: Positional[Path]):
+    """Where the time of a run went: what trained, waited, was lost.
+
+    Args:
+      run: run folder.
+    """
+    from tritera_jax.train import goodput
+
+    print(goodput.measured(run))
+
+  tyro.cli(goodput, args=args, prog='tritera goodput')
+
+
 VERBS = {
   'prepare': (_prepare, 'text to a tokenizer and token shards'),
   'train': (_train, 'train an experiment; again: resume it'),
   'eval': (_eval, 'loss on held-out text'),
   'pack': (_pack, 'ternary weights to 2 or 1.6 bits'),
   'generate': (_generate, 'continue a prompt'),
+  'goodput': (_goodput, 'where the time of a run went'),
   'show': (_show, "an experiment's size and cost, without running it"),
   'doctor': (_doctor, 'check the kernels on this machine'),
 }

@@ -12,6 +12,7 @@ import importlib.util
 import json
 from pathlib import Path
 import types
+from typing import Literal
 
 import pydantic
 
@@ -122,6 +123,40 @@ class OptimizerConfig:
 
 
 @dataclasses.dataclass(frozen=True)
+class RecoveryConfig:
+  """What is done about a batch whose loss or gradient went wrong.
+
+  A loss or gradient that is not finite always is. To roll back is to restore a
+  checkpoint of before the batch and never to train on it or those around it;
+  `RUN/skipped.json` says which those were.
+
+  Attributes:
+    then: 'stop', or 'roll_back'.
+    spike: a loss also is, so many nats above the mean of those before it;
+      0: none.
+    window: losses in that mean; until there are as many, none is a spike.
+    before: batches before the wrong one that are skipped with it.
+    after: batches after it that are.
+    most: times that a run is rolled back before it stops after all.
+  """
+
+  then: Literal['stop', 'roll_back'] = 'stop'
+  spike: float = 0.0
+  window: int = 100
+  before: int = 100
+  after: int = 100
+  most: int = 10
+
+  def __post_init__(self):
+    for field in ('spike', 'before', 'after', 'most'):
+      value = getattr(self, field)
+      if not 0 <= value < float('inf'):
+        raise ValueError(f'run.recovery.{field}={value} must be >= 0')
+    if self.window < 1:
+      raise ValueError(f'run.recovery.window={self.window} must be >= 1')
+
+
+@dataclasses.dataclass(frozen=True)
 class RunConfig:
   """How long, how often, and where.
 
@@ -134,8 +169,18 @@ class RunConfig:
     evaluate_every: steps between losses on held-out text; 0 is never.
     evaluate_tokens: tokens of held-out text, from its start, for those.
     save_every: steps between checkpoints; the last step is always saved.
+    save_share: most of the time that training may wait for checkpoints: one
+      that would exceed it, or come before the last is written, is put off. 1:
+      none is. Those of keep_every, of the last step and of a stop never are.
     keep: newest checkpoints kept.
     keep_every: also keep those of every so many steps; 0: none.
+    recovery: what is done about a batch whose loss went wrong.
+    skip: ranges of batches, first and one past the last, never to train on.
+    stall_seconds: longest that a step, a batch, a save or a compilation may
+      take. After half of it what is waited for is named and every thread's
+      stack printed; after all of it the process exits with 75.
+    stop_seconds: from a signal to stop until the process exits with 75, saved
+      or not; 0: it waits for the save.
     accumulation: parts that a batch is computed in, one after the other:
       less memory, the same update.
     remat: what the backward pass computes again, to save memory: 'none',
@@ -159,8 +204,13 @@ class RunConfig:
   evaluate_every: int = 0
   evaluate_tokens: int = 65_536
   save_every: int = 1000
+  save_share: float = 0.1
   keep: int = 2
   keep_every: int = 0
+  recovery: RecoveryConfig = RecoveryConfig()
+  skip: tuple[tuple[int, int], ...] = ()
+  stall_seconds: float = 1800.0
+  stop_seconds: float = 0.0
   accumulation: int = 1
   remat: Remat = 'none'
   loss_chunk: int = 1024
@@ -175,6 +225,18 @@ class RunConfig:
                   'keep', 'accumulation', 'profile_steps'):  # fmt: skip
       if getattr(self, field) < 1:
         raise ValueError(f'run.{field}={getattr(self, field)} must be >= 1')
+    if not 0 < self.save_share <= 1:
+      raise ValueError(f'run.save_share={self.save_share} must lie in (0, 1]')
+    if not self.stall_seconds > 0:
+      raise ValueError(f'run.stall_seconds={self.stall_seconds} must be > 0')
+    if not self.stop_seconds >= 0:
+      raise ValueError(f'run.stop_seconds={self.stop_seconds} must be >= 0')
+    for first, stop in self.skip:
+      if not 0 <= first < stop:
+        raise ValueError(
+          f'run.skip: {first} {stop} is no range of batches; give its first '
+          'and one past its last'
+        )
     if self.loss_chunk < 0:
       raise ValueError(
         f'run.loss_chunk={self.loss_chunk} must be >= 1, or 0 for no chunks'

@@ -1,9 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
 """Reading checkpoints back, strictly, onto any mesh."""
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 import contextlib
 import dataclasses
+import itertools
 import json
 from pathlib import Path
 from typing import Any
@@ -17,6 +18,11 @@ from tritera_jax.experiment import Experiment
 from tritera_jax.model import decoder
 from tritera_jax.model.config import ModelConfig
 from tritera_jax.model.decoder import Params
+from tritera_jax.parallel import processes
+
+
+class DamagedError(ValueError):
+  """A checkpoint cannot be read, or holds other bits than were saved."""
 
 
 def _check_leaves(found: PyTree, wanted: PyTree, where: str):
@@ -48,34 +54,33 @@ def _restore(
   where = f'{checkpoints.directory}/{step}'
   metadata = checkpoints.item_metadata(step)
   missing = [item for item in targets if metadata.get(item) is None]
-  try:
-    there = checkpoints.restore(
-      step, args=ocp.args.Composite(model=ocp.args.JsonRestore())
-    )['model']
-  except (OSError, ValueError, KeyError):
-    missing.append('model')
   if missing:
-    raise ValueError(
-      f'{where}/{missing[0]} is missing or damaged; delete {where} to go on '
-      'from the checkpoint before it'
-    )
+    raise DamagedError(f'{where}/{missing[0]} is missing')
+  there = _restored(checkpoints, step, model=ocp.args.JsonRestore())['model']
   here = json.loads(json.dumps(dataclasses.asdict(model)))
   differing = save.differences(there, here, 'model.')
   if differing:
     raise ValueError(f'{where} is of another model: {"; ".join(differing)}')
   for item, target in targets.items():
     _check_leaves(metadata[item], target, f'{where}/{item}')
-  restored = checkpoints.restore(
-    step,
-    args=ocp.args.Composite(
-      **{k: ocp.args.StandardRestore(v) for k, v in targets.items()}
-    ),
-  )
+  arguments = {k: ocp.args.StandardRestore(v) for k, v in targets.items()}
+  restored = _restored(checkpoints, step, **arguments)
   return {item: restored[item] for item in targets}
 
 
+def _restored(checkpoints: save.Manager, step: int, **items) -> Any:
+  try:
+    return checkpoints.restore(step, args=ocp.args.Composite(**items))
+  except Exception as error:  # Orbax raises just that of arrays
+    words = str(error).partition('See full TensorStore details')[0].strip()
+    raise DamagedError(
+      f'{checkpoints.directory}/{step}/{"|".join(items)} cannot be read '
+      f'({type(error).__name__}: {words[:300]})'
+    ) from error
+
+
 def restore_state(
-  checkpoints: ocp.CheckpointManager,
+  checkpoints: save.Manager,
   step: int,
   model: ModelConfig,
   target: Any,
@@ -92,9 +97,101 @@ def restore_state(
   Raises:
     ValueError: the checkpoint is of another model, or a leaf is missing,
       extra or of another shape or dtype than its target: all are named.
+    DamagedError: it cannot be read, or is not what was saved.
   """
+  state, digests = _read(checkpoints, step, model, target)
+  _check_digests(checkpoints, step, state, digests)
+  return state
+
+
+def _read(checkpoints, step: int, model: ModelConfig, target: Any):
+  """The state, and the digests that were saved with it."""
   restored = _restore(checkpoints, step, model, save.items(target))
-  return target._replace(params=restored['params'], **restored['rest'])
+  digests = {}
+  # Checkpoints made before there were digests have none.
+  if (Path(checkpoints.directory) / str(step) / 'digests').exists():
+    digests = _restored(checkpoints, step, digests=ocp.args.JsonRestore())
+  state = target._replace(params=restored['params'], **restored['rest'])
+  return state, digests.get('digests', {})
+
+
+def _check_digests(checkpoints, step: int, state: Any, digests: dict):
+  """All processes must call it: each array is hashed where it lies."""
+  for item, tree in save.items(state).items():
+    found = f'{int(save.digest(tree)):08x}'
+    if digests.get(item, found) != found:
+      raise DamagedError(
+        f'{checkpoints.directory}/{step}/{item} has the digest {found}, not '
+        f'{digests[item]} as when it was saved'
+      )
+
+
+def restore_newest(
+  folder: Path,
+  model: ModelConfig,
+  target: Any,
+  say: Callable[[str], object],
+) -> Any | None:
+  """The newest state that can be read; None if nothing was saved yet.
+
+  Checkpoints that are newer but damaged are moved aside, to STEP.damaged, so
+  that the run can go on from the one before. All processes must call it.
+
+  Args:
+    folder: the run's.
+    model: as of `restore_state`.
+    target: as of `restore_state`.
+    say: takes words on damaged checkpoints.
+
+  Raises:
+    ValueError: see `restore_state`.
+    DamagedError: there are checkpoints, and none can be read; none is moved.
+  """
+  if not (folder / 'checkpoints').is_dir():
+    return None
+  damaged: list[int] = []
+  words: list[str] = []
+  state = None
+  with save.manager(folder, alone=True) as checkpoints:
+    for step in sorted(checkpoints.all_steps(), reverse=True):
+      error = None
+      try:
+        state, digests = _read(checkpoints, step, model, target)
+      except DamagedError as found:
+        error = found
+      if not processes.anywhere(error is not None):
+        try:
+          _check_digests(checkpoints, step, state, digests)
+          break
+        except DamagedError as found:
+          error = found
+      state = None
+      damaged.append(step)
+      words.append(str(error or 'another process cannot read it'))
+  if not damaged:
+    return state
+  if state is None:
+    raise DamagedError(
+      f'no checkpoint of {folder} can be read: {"; ".join(words)}'
+    )
+
+  def move():
+    for step in damaged:
+      there = folder / 'checkpoints' / str(step)
+      there.rename(_free(there.with_name(f'{step}.damaged')))
+
+  processes.first_alone(move)
+  say(
+    f'{"; ".join(words)}; moved to {folder}/checkpoints/STEP.damaged, going on '
+    f'from the one before, of step {step}'
+  )
+  return state
+
+
+def _free(path: Path) -> Path:
+  """`path`, or with a number, so that nothing is written over."""
+  numbered = (path.with_name(f'{path.name}{n}') for n in itertools.count(2))
+  return next(p for p in itertools.chain([path], numbered) if not p.exists())
 
 
 def latest_step(folder: str | Path) -> int | None:

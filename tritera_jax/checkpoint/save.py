@@ -2,22 +2,27 @@
 """Run folders and their Orbax checkpoints: writing.
 
 A run folder holds `experiment.json`, written before anything else, and
-`checkpoints/<step>/{model,params,rest}`: the ModelConfig as JSON, which says
-what the arrays mean; the parameters, an item of their own so that they can be
-restored alone; and what else training needs to go on. Only this module and
-`restore` name Orbax.
+`checkpoints/<step>/{model,params,rest,digests}`: the ModelConfig as JSON, which
+says what the arrays mean; the parameters, an item of their own so that they can
+be restored alone; what else training needs to go on; and a digest of each item
+of arrays, since not every flipped bit is noticed by what reads the files. Only
+this module and `restore` name Orbax.
 """
 
+from collections.abc import Iterator
+import contextlib
 import dataclasses
 import hashlib
 import importlib.metadata
 import json
 from pathlib import Path
 import subprocess
+import time
 from typing import Any
 
 import jax
-from jaxtyping import PyTree
+import jax.numpy as jnp
+from jaxtyping import Array, PyTree, UInt32
 import orbax.checkpoint as ocp
 
 from tritera_jax import experiment as experiment_lib
@@ -31,7 +36,11 @@ Manager = ocp.CheckpointManager
 
 
 def manager(
-  folder: Path, keep: int | None = None, keep_every: int = 0
+  folder: Path,
+  keep: int | None = None,
+  keep_every: int = 0,
+  *,
+  alone: bool = False,
 ) -> ocp.CheckpointManager:
   """Orbax's manager of a run folder; saves are asynchronous.
 
@@ -39,16 +48,28 @@ def manager(
     folder: the run's.
     keep: newest checkpoints to keep; None: all.
     keep_every: also keep those of every so many steps; 0: none.
+    alone: to read only, each process for itself: one that cannot read must not
+      leave the others in a barrier.
   """
+  me = jax.process_index()
+  multiprocessing = ocp.options.MultiprocessingOptions(
+    primary_host=me,
+    active_processes={me},
+    barrier_sync_key_prefix=f'alone{me}',
+  )
   return ocp.CheckpointManager(
     (folder / 'checkpoints').resolve(),
     options=ocp.CheckpointManagerOptions(
       max_to_keep=keep,
       keep_period=keep_every or None,
-      enable_async_checkpointing=True,
+      enable_async_checkpointing=not alone,
+      read_only=alone,
+      create=not alone,
+      **({'multiprocessing_options': multiprocessing} if alone else {}),
     ),
     item_handlers={
       'model': ocp.JsonCheckpointHandler(),
+      'digests': ocp.JsonCheckpointHandler(),
       'params': ocp.StandardCheckpointHandler(),
       'rest': ocp.StandardCheckpointHandler(),
     },
@@ -79,13 +100,70 @@ def save(
     OSError: the save before this one could not be written.
   """
   wait(checkpoints)  # Orbax would too, and fail in its own words
-  arrays = {k: ocp.args.StandardSave(v) for k, v in items(state).items()}
-  checkpoints.save(
-    step,
-    args=ocp.args.Composite(
-      model=ocp.args.JsonSave(dataclasses.asdict(model)), **arrays
-    ),
-  )
+  there = items(state)
+  arrays = {k: ocp.args.StandardSave(v) for k, v in there.items()}
+  try:
+    checkpoints.save(
+      step,
+      args=ocp.args.Composite(
+        model=ocp.args.JsonSave(dataclasses.asdict(model)),
+        digests=ocp.args.JsonSave(
+          {k: f'{int(digest(v)):08x}' for k, v in there.items()}
+        ),
+        **arrays,
+      ),
+    )
+  except (ValueError, OSError) as error:
+    raise _not_saved(checkpoints, error) from None
+
+
+@jax.jit
+def digest(tree: PyTree) -> UInt32[Array, '']:
+  """A linear hash of the bits of a tree's leaves, the same on any mesh."""
+  total = jnp.uint32(0)
+  for number, leaf in enumerate(jax.tree.leaves(tree)):
+    bits = jax.lax.bitcast_convert_type(
+      leaf, jnp.dtype(f'uint{8 * leaf.dtype.itemsize}')
+    ).astype(jnp.uint32)
+    place = jnp.zeros(leaf.shape, jnp.uint32)
+    for axis, length in enumerate(leaf.shape):
+      along = jax.lax.broadcasted_iota(jnp.uint32, leaf.shape, axis)
+      place = place * jnp.uint32(length) + along
+    place = (place ^ (place >> 16)) * jnp.uint32(0x45D9F3B)
+    # An odd factor: no single flipped bit leaves the product as it was.
+    factor = 2 * (place ^ (place >> 16)) + 1
+    total = total * jnp.uint32(1664525) + jnp.sum(
+      bits * factor + jnp.uint32(number), dtype=jnp.uint32
+    )
+  return total
+
+
+class Pace:
+  """Says when a periodic save would hold training up too much.
+
+  Attributes:
+    share: of the time, that saves may take.
+    blocked: seconds that the last one held training up.
+    ended: when it did (time.monotonic).
+  """
+
+  def __init__(self, share: float):
+    self.share, self.blocked, self.ended = share, 0.0, time.monotonic()
+
+  @contextlib.contextmanager
+  def saving(self) -> Iterator[None]:
+    started = time.monotonic()
+    yield
+    self.ended = time.monotonic()
+    self.blocked = self.ended - started
+
+  def busy(self, checkpoints: Manager) -> bool:
+    """Whether one would, now."""
+    if self.share == 1:
+      return False
+    if checkpoints.is_saving_in_progress():
+      return True
+    return self.blocked > self.share * (time.monotonic() - self.ended)
 
 
 def wait(checkpoints: ocp.CheckpointManager):
@@ -97,11 +175,19 @@ def wait(checkpoints: ocp.CheckpointManager):
   try:
     checkpoints.wait_until_finished()
   except (ValueError, OSError) as error:  # TensorStore's, in Orbax's thread
-    raise OSError(
-      f'a checkpoint could not be written to {checkpoints.directory}; those '
-      f'of steps {sorted(checkpoints.all_steps())} stand, and the same command '
-      f'goes on from the newest: {error}'
-    ) from None
+    raise _not_saved(checkpoints, error) from None
+
+
+class NotSavedError(OSError):
+  """A checkpoint could not be written; those before it stand."""
+
+
+def _not_saved(checkpoints: Manager, error: Exception) -> NotSavedError:
+  return NotSavedError(
+    f'a checkpoint could not be written to {checkpoints.directory}; those '
+    f'of steps {sorted(checkpoints.all_steps())} stand, and the same command '
+    f'goes on from the newest: {error}'
+  )
 
 
 def write_experiment(experiment: Experiment, folder: Path):

@@ -379,6 +379,13 @@ def _hosts() -> list[str]:
   return [row.tobytes().rstrip(b'\0').decode() for row in np.asarray(names)]
 
 
+def anywhere(flag: bool) -> bool:
+  """Whether any process says so; all must ask."""
+  if jax.process_count() == 1:
+    return flag
+  return bool(multihost_utils.process_allgather(np.bool_(flag)).any())
+
+
 def first_alone(action: Callable[[], object]):
   """Runs `action` in process 0, the others wait; all go on, or none.
 

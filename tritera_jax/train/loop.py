@@ -4,22 +4,24 @@
 from collections.abc import Sequence
 from pathlib import Path
 import signal
+import sys
 
 import jax
+import tqdm
 
 from tritera_jax.checkpoint import restore, save
 from tritera_jax.data import loader, shards
 from tritera_jax.experiment import Experiment
 from tritera_jax.parallel import mesh as mesh_lib
 from tritera_jax.parallel import processes, rules
+from tritera_jax.train import goodput, recovery, step, watchdog
 from tritera_jax.train import signals as signals_lib
-from tritera_jax.train import step
 from tritera_jax.train.observer import Observer
 from tritera_jax.train.signals import Stopped
 
 
 def train(experiment: Experiment, *, quiet: bool = False) -> step.TrainState:
-  """Trains to run.steps, from the newest checkpoint if there is one.
+  """Trains to run.steps, from the newest sound checkpoint if there is one.
 
   SIGTERM and Ctrl-C save and stop between two steps; SIGUSR1 records a
   profile. Of many processes each calls this, after `processes.start`, with
@@ -34,66 +36,191 @@ def train(experiment: Experiment, *, quiet: bool = False) -> step.TrainState:
 
   Raises:
     ValueError: the dataset, the run folder or the mesh does not fit the
-      experiment.
-    FloatingPointError: loss or gradient is not finite; the state before that
-      step is saved.
-    OSError: something could not be written.
+      experiment, or all its checkpoints are damaged.
+    FloatingPointError: a loss or gradient went wrong and run.recovery is to
+      stop; if it is not finite, the state before that step is saved.
+    OSError: something could not be read; NotSavedError: or not be saved.
     Stopped: by a signal; the state is saved.
   """
-  data, run = experiment.data, experiment.run
-  folder = Path(run.folder)
-  sources = _open_sources(experiment)
-  tokenizer = shards.read_tokenizer(data.path)
-  mesh = mesh_lib.make_mesh(experiment.mesh)
-  update = step.jitted(experiment, mesh)
+  run, folder = experiment.run, Path(experiment.run.folder)
+  ledger = goodput.Ledger(run.stall_seconds / 2)
+  with signals_lib.received() as signals:
+    sources = _open_sources(experiment)
+    watch = watchdog.watching(
+      ledger,
+      signals,
+      lambda: loader.waiting(sources),
+      stall_seconds=run.stall_seconds,
+      stop_seconds=run.stop_seconds,
+    )
+    mesh = mesh_lib.make_mesh(experiment.mesh)
+    with watch, jax.set_mesh(mesh):
+      update = step.jitted(experiment, mesh)
+      tokenizer = shards.read_tokenizer(experiment.data.path)
 
-  def open_folder():
-    save.write_experiment(experiment, folder)
-    tokenizer.save(str(folder / 'tokenizer.json'))
+      def open_folder():
+        save.write_experiment(experiment, folder)
+        tokenizer.save(str(folder / 'tokenizer.json'))
+        recovery.record_named(folder, run.skip, restore.latest_step(folder))
 
-  processes.first_alone(open_folder)
-  placed = step.batch_sharding(mesh)
-  rows = rules.rows_here(placed, (data.batch_size, data.sequence_length + 1))
+      processes.first_alone(open_folder)
+      while True:
+        attempt = _Attempt(experiment, mesh, sources, ledger, signals, quiet)
+        try:
+          return attempt.train(update)
+        except recovery.BadBatch as bad:
+          attempt.recover(bad)
+          ledger.restart()
 
-  with (
-    jax.set_mesh(mesh),
-    save.manager(folder, run.keep, run.keep_every) as checkpoints,
-    signals_lib.received() as signals,
-  ):
-    state = _restore_or_init(experiment, mesh, checkpoints)
-    start = int(state.step)
-    batches = loader.batches(
+
+class _Attempt:
+  """Training from the newest checkpoint to the end, or to a bad batch."""
+
+  def __init__(self, experiment, mesh, sources, ledger, signals, quiet):
+    self.experiment, self.mesh, self.ledger = experiment, mesh, ledger
+    self.signals, self.quiet = signals, quiet
+    data, run = experiment.data, experiment.run
+    self.folder = Path(run.folder)
+    self.placed = step.batch_sharding(mesh)
+    self.rows = rules.rows_here(
+      self.placed, (data.batch_size, data.sequence_length + 1)
+    )
+    self.batches = loader.batches(
       sources,
       [weight for _, weight in data.sources],
       batch_size=data.batch_size,
       sequence_length=data.sequence_length,
       seed=data.seed,
-      rows=rows,
+      rows=self.rows,
     )
-    before = None  # what the step before measured
-    with Observer(experiment, start, quiet) as observer:
-      for n, batch in enumerate(loader.iterate(batches, start), start):
-        if n == run.steps:
-          break
-        observer.before_update(n + 1, state, signals)
+    self.skipped = recovery.read(self.folder)
+    self.pace = save.Pace(run.save_share)
+    self.due = False  # a periodic checkpoint that is not made yet
+    self.put_off = False  # one was, and it was said
+
+  def train(self, update) -> step.TrainState:
+    run, ledger = self.experiment.run, self.ledger
+    ledger.enter('restore')
+    state = self._restore_or_init()
+    start = ledger.step = int(state.step)
+    judge = recovery.Judge(run.recovery, self.folder, start)
+    agreement = signals_lib.Agreement(self.mesh, self.signals)
+    stream = recovery.stream(self.batches, start, self.skipped)
+    now = None  # the last update's metrics, number and batch
+    with (
+      save.manager(self.folder, run.keep, run.keep_every) as self.checkpoints,
+      Observer(self.experiment, start, self.quiet, ledger) as observer,
+    ):
+      for n in range(start, run.steps):
+        ledger.enter('data')
+        batch, rows = next(stream)
         tokens_BT1 = rules.assemble(
-          placed, rows, batch['tokens'], data.batch_size
-        )
-        state, measured = update(state, tokens_BT1, n)
+          self.placed, self.rows, rows['tokens'],
+          self.experiment.data.batch_size,
+        )  # fmt: skip
+        ledger.enter('compile' if n == start else goodput.TRAINING)
+        observer.before_update(n + 1, state, self.signals)
+        votes = agreement.votes(self.pace.busy(self.checkpoints))
+        state, measured = update(state, tokens_BT1, n, votes)
+        before, now = now, (measured, n + 1, batch)
         # One step behind, so that the devices have work while we look.
-        _check(experiment, before, n, checkpoints, state)
-        before = measured
+        self._judge(judge, before, state)
         if observer.wants(n + 1):
-          _check(experiment, measured, n + 1, checkpoints, state)
+          self._judge(judge, now, state)
         observer.after_update(n + 1, state, measured)
-        stop = signals.stop  # once: it may come at any line
-        if stop or _saves(experiment, n + 1):
-          _check(experiment, measured, n + 1, checkpoints, state)
-          _save(checkpoints, experiment, state)
-        if stop:
-          _stop(checkpoints, stop, n + 1, folder)
-    save.wait(checkpoints)
-  return state
+        wish = agreement.reached(before and before[0])
+        if self._saves(n + 1, wish):
+          self._judge(judge, now, state)
+          self._save(state)
+        if wish.stop:
+          self._stop(wish.stop, n + 1)
+      with ledger.phase('save'):
+        save.wait(self.checkpoints)
+    return state
+
+  def _restore_or_init(self) -> step.TrainState:
+    target = step.abstract_state(self.experiment, self.mesh)
+    state = restore.restore_newest(
+      self.folder, self.experiment.model, target, _say
+    )
+    if state is None:
+      state = step.jitted_init(self.experiment, self.mesh)()
+    return state
+
+  def _judge(self, judge: recovery.Judge, of, state: step.TrainState):
+    """Raises BadBatch if an update's metrics are wrong."""
+    if of is None:
+      return
+    measured, number, batch = of
+    why = judge.why(measured, number)
+    if why:
+      # If it was not made the state is that before it, see `step.train_step`.
+      waits = not measured['updated']
+      raise recovery.BadBatch(number, batch, why, state if waits else None)
+
+  def recover(self, bad: recovery.BadBatch):
+    """Rolls back, or saves what may be saved.
+
+    Raises:
+      FloatingPointError: the run is to stop.
+    """
+    config = self.experiment.run.recovery
+    run = self.experiment.run
+    with save.manager(self.folder, run.keep, run.keep_every) as checkpoints:
+      if config.then == 'roll_back':
+        _say(recovery.roll_back(self.folder, checkpoints, config, bad))
+        return
+      words = 'the newest checkpoint is'
+      if bad.state is not None:
+        words = 'the state before it is saved as'
+        if bad.step - 1 != checkpoints.latest_step():
+          save.save(checkpoints, bad.step - 1, self.experiment.model, bad.state)
+          save.wait(checkpoints)
+      raise FloatingPointError(
+        f'{bad}; {words} checkpoint {checkpoints.latest_step()} of '
+        f'{self.folder}; to go on without its batch, {bad.batch}: '
+        '--run.recovery.then roll_back'
+      )
+
+  def _saves(self, done: int, wish: signals_lib.Wish) -> bool:
+    run = self.experiment.run
+    self.due |= done % run.save_every == 0
+    if (
+      wish.stop
+      or done == run.steps
+      or (run.keep_every and done % run.keep_every == 0)
+    ):
+      return True
+    if self.due and wish.busy and not self.put_off:
+      self.put_off = True
+      _say(
+        f'the checkpoint of step {done} is put off: the last one held training '
+        f'up for {self.pace.blocked:.2f} s or is not written yet, see '
+        'run.save_share; said once'
+      )
+    return self.due and not wish.busy
+
+  def _save(self, state: step.TrainState):
+    """Under the step of the state, unless it is there."""
+    self.due = False
+    done = int(state.step)
+    if done != self.checkpoints.latest_step():
+      with self.ledger.phase('save'), self.pace.saving():
+        save.save(self.checkpoints, done, self.experiment.model, state)
+
+  def _stop(self, number: int, done: int):
+    with self.ledger.phase('save'):
+      save.wait(self.checkpoints)
+    raise Stopped(
+      number,
+      f'stopped by {signal.Signals(number).name} after step {done}, which is '
+      f'saved in {self.folder}; the same command goes on',
+    )
+
+
+def _say(text: str):
+  if jax.process_index() == 0:
+    tqdm.tqdm.write(f'tritera: {text}', file=sys.stderr)
 
 
 def restore_run(
@@ -117,15 +244,6 @@ def restore_run(
   with restore.committed(folder, at) as (checkpoints, wanted):
     state = restore.restore_state(checkpoints, wanted, experiment.model, target)
   return experiment, state
-
-
-def _saves(experiment: Experiment, done: int) -> bool:
-  run = experiment.run
-  return (
-    done == run.steps
-    or done % run.save_every == 0
-    or bool(run.keep_every and done % run.keep_every == 0)
-  )
 
 
 def _open_sources(experiment: Experiment) -> Sequence[shards.TokenSource]:
@@ -162,51 +280,3 @@ def _open_sources(experiment: Experiment) -> Sequence[shards.TokenSource]:
         'its weight, or give more data'
       )
   return sources
-
-
-def _restore_or_init(experiment, mesh, checkpoints) -> step.TrainState:
-  newest = checkpoints.latest_step()
-  if newest is None:
-    return step.jitted_init(experiment, mesh)()
-  target = step.abstract_state(experiment, mesh)
-  return restore.restore_state(checkpoints, newest, experiment.model, target)
-
-
-def _save(
-  checkpoints: save.Manager,
-  experiment: Experiment,
-  state: step.TrainState,
-):
-  """Under the step of the state, unless it is there."""
-  done = int(state.step)
-  if done != checkpoints.latest_step():
-    save.save(checkpoints, done, experiment.model, state)
-
-
-def _check(
-  experiment: Experiment,
-  measured: dict | None,
-  n: int,
-  checkpoints: save.Manager,
-  state: step.TrainState,
-):
-  """Saves the state and raises, if update n was not made."""
-  if measured is None or measured['updated']:
-    return
-  # The state is that before the update: it waits, see `step.train_step`.
-  _save(checkpoints, experiment, state)
-  save.wait(checkpoints)
-  raise FloatingPointError(
-    f'loss is {float(measured["loss"])} and gradient_norm '
-    f'{float(measured["gradient_norm"])} at step {n}; the state before it is '
-    f'saved as checkpoint {n - 1} of {experiment.run.folder}'
-  )
-
-
-def _stop(checkpoints: save.Manager, number: int, done: int, folder: Path):
-  save.wait(checkpoints)
-  raise Stopped(
-    number,
-    f'stopped by {signal.Signals(number).name} after step {done}, which is '
-    f'saved in {folder}; the same command goes on',
-  )

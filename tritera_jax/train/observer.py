@@ -15,6 +15,7 @@ from tritera_jax.data import loader, shards
 from tritera_jax.experiment import Experiment
 from tritera_jax.model import decoder
 from tritera_jax.train import loss, metrics, step, throughput, trackers
+from tritera_jax.train.goodput import Ledger
 from tritera_jax.train.signals import Signals
 
 
@@ -26,8 +27,11 @@ class Observer(contextlib.ExitStack):
   first writes.
   """
 
-  def __init__(self, experiment: Experiment, start: int, quiet: bool):
+  def __init__(
+    self, experiment: Experiment, start: int, quiet: bool, ledger: Ledger
+  ):
     super().__init__()
+    self.ledger = ledger
     run, data = experiment.run, experiment.data
     self.experiment, self.folder = experiment, Path(run.folder)
     writes = jax.process_index() == 0
@@ -48,6 +52,8 @@ class Observer(contextlib.ExitStack):
     for tracker in self.trackers:
       self.callback(tracker.close)
     self.last, self.clock, self.compiling = start, 0.0, True
+    self.waited = 0.0  # for data, up to the last record
+    self._write_goodput()
     self.before = None  # codes and scales
     self.profile_until = 0
     self.held_out = None
@@ -82,7 +88,10 @@ class Observer(contextlib.ExitStack):
     if (n == run.profile_at or signals.profile) and not self.profile_until:
       signals.profile = False
       self.profile_until = n + run.profile_steps
-      jax.profiler.start_trace(self.folder / 'profile')
+      folder = self.folder / 'profile'
+      if jax.process_count() > 1:  # the traces of one host overwrite each other
+        folder /= f'process_{jax.process_index()}'
+      jax.profiler.start_trace(folder)
       self.callback(self._end_profile)
 
   def _end_profile(self):
@@ -91,6 +100,7 @@ class Observer(contextlib.ExitStack):
       jax.profiler.stop_trace()
 
   def after_update(self, n: int, state: step.TrainState, measured):
+    self.ledger.step = n
     self.bar.update()
     experiment = self.experiment
     if self.compiling:
@@ -102,24 +112,35 @@ class Observer(contextlib.ExitStack):
     if not self.wants(n):
       return
     record: dict[str, Any] = {'step': n, 'tokens': n * experiment.batch_tokens}
-    record |= {k: float(v) for k, v in measured.items() if k != 'updated'}
+    record |= {
+      k: float(v) for k, v in measured.items() if k not in ('updated', 'votes')
+    }
     record['perplexity'] = math.exp(min(record['loss'], 700))
     record['tokens_digest'] = f'{int(state.tokens_digest):08x}'
+    waited = self.ledger.seconds.get('data', 0.0)
     if n > self.last:
       seconds = time.perf_counter() - self.clock
       record |= throughput.measures(experiment, n, n - self.last, seconds)
+      record['data_share'] = (waited - self.waited) / seconds
+    self.waited = waited
     if self._tells(n):
       record |= metrics.telemetry(experiment.model, state.params, self.before)
       self.before = None
     if self._evaluates(n):
-      record['held_out_loss'] = self._held_out_loss(state)
+      with self.ledger.phase('evaluate'):
+        record['held_out_loss'] = self._held_out_loss(state)
     if self.file is not None:
       self.file.write(record)
     scalars = trackers.flat(record)
     for tracker in self.trackers:
       tracker.write(n, scalars)
     self.bar.set_postfix_str(metrics.line(record), refresh=False)
+    self._write_goodput()
     self.last, self.clock = n, time.perf_counter()
+
+  def _write_goodput(self):
+    if self.file is not None:
+      self.ledger.write(self.folder)
 
   def _held_out_loss(self, state: step.TrainState) -> float:
     """Nats a token over the first run.evaluate_tokens of held-out text."""

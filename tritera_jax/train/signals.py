@@ -1,11 +1,20 @@
 # SPDX-License-Identifier: Apache-2.0
 """What a running process is told from outside, between two steps."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 import contextlib
 import dataclasses
 import signal
 import threading
+import time
+from typing import NamedTuple
+
+import jax
+from jax.sharding import Mesh
+from jaxtyping import Array, Int32
+import numpy as np
+
+from tritera_jax.train import step
 
 
 class Stopped(Exception):
@@ -26,10 +35,12 @@ class Signals:
 
   Attributes:
     stop: SIGTERM or SIGINT (Ctrl-C), or None.
+    stop_at: when it came (time.monotonic), or None.
     profile: SIGUSR1 came.
   """
 
   stop: int | None = None
+  stop_at: float | None = None
   profile: bool = False
 
 
@@ -48,7 +59,7 @@ def received() -> Iterator[Signals]:
 
   def stop(number, frame):
     del frame
-    signals.stop = number
+    signals.stop, signals.stop_at = number, time.monotonic()
     for one in (signal.SIGTERM, signal.SIGINT):
       signal.signal(one, before[one])
 
@@ -67,3 +78,51 @@ def received() -> Iterator[Signals]:
   finally:
     for number, handler in before.items():
       signal.signal(number, handler)
+
+
+class Wish(NamedTuple):
+  """What is to be done after a step, by all processes or none.
+
+  Attributes:
+    stop: number of a signal, or 0.
+    busy: a periodic checkpoint had better wait.
+  """
+
+  stop: int
+  busy: bool
+
+
+class Agreement:
+  """Makes the wishes of each process those of all, at the same step.
+
+  Two processes get a signal at different moments, and one that stops alone
+  leaves the others in a collective. So wishes go into each update as votes and
+  come back among its metrics, which are the same everywhere: no program of its
+  own, which might run in another order than the updates, and no waiting.
+  """
+
+  def __init__(self, mesh: Mesh, signals: Signals):
+    self.signals = signals
+    self.alone = jax.process_count() == 1
+    self.sharding = step.votes_sharding(mesh)
+    self.shape = (mesh.size, len(Wish._fields))
+    self.busy = False
+
+  def votes(self, busy: bool) -> Int32[Array, 'P W'] | None:
+    """This process's, for `step.jitted`; None without other processes."""
+    self.busy = busy
+    if self.alone:
+      return None
+    row_1W = np.array([[self.signals.stop or 0, busy]], np.int32)
+    return jax.make_array_from_callback(
+      self.shape, self.sharding, lambda _: row_1W
+    )
+
+  def reached(self, measured: Mapping | None) -> Wish:
+    """What holds for all, by the metrics of the update before the last."""
+    if self.alone:
+      return Wish(self.signals.stop or 0, self.busy)
+    if measured is None:
+      return Wish(0, True)
+    stop, busy = np.asarray(measured['votes']).tolist()
+    return Wish(stop, bool(busy))

@@ -7,7 +7,7 @@ from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
-from jax.sharding import Mesh, NamedSharding
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from jaxtyping import Array, Float32, Int32, PyTree, UInt32
 import optax
 
@@ -20,9 +20,9 @@ from tritera_jax.train import chunked_loss, loss, optimizer
 class TrainState(NamedTuple):
   """Everything that an update reads and writes, beside the batch.
 
-  Invariant: `step` updates have been made, from batches 0..step-1, so that
-  the data position is `step` itself. Nothing is drawn at random after
-  initialisation, so that there is no key.
+  Invariant: `step` updates have been made, from the first batches that the run
+  does not skip, so that `step` is the data position. Nothing is drawn at random
+  after initialisation, so that there is no key.
 
   Attributes:
     step: updates made.
@@ -77,17 +77,32 @@ def jitted_init(experiment: Experiment, mesh: Mesh):
 def jitted(experiment: Experiment, mesh: Mesh):
   """`train_step` of (state, tokens, n); the state's buffers are reused.
 
+  A fourth argument, `votes`, is what each device's process wants: the largest
+  of each wish is among the metrics as `votes`, the same for all processes.
+
   Raises:
     ValueError: the mesh cannot divide the batch.
   """
   check_batch(experiment, mesh.shape)
   placed = shardings(experiment, mesh)
+
+  def update(state, tokens_BT1, n, votes_PW=None):
+    after, measured = train_step(experiment, state, tokens_BT1, n)
+    if votes_PW is not None:
+      measured['votes'] = votes_PW.max(axis=0)
+    return after, measured
+
   return jax.jit(
-    lambda state, tokens_BT1, n: train_step(experiment, state, tokens_BT1, n),
-    in_shardings=(placed, batch_sharding(mesh), None),
+    update,
+    in_shardings=(placed, batch_sharding(mesh), None, votes_sharding(mesh)),
     out_shardings=(placed, None),
     donate_argnums=0,
   )
+
+
+def votes_sharding(mesh: Mesh) -> NamedSharding:
+  """Of votes, int32 [devices, wishes]."""
+  return NamedSharding(mesh, PartitionSpec(mesh.axis_names))
 
 
 def batch_sharding(mesh: Mesh) -> NamedSharding:
@@ -123,9 +138,9 @@ def train_step(
   tokens_BT1: Int32[Array, 'B T1'],
   n: Int32[Array, ''] | int,
 ) -> tuple[TrainState, dict[str, Float32[Array, '']]]:
-  """The state after batch n, of T+1 tokens a row, and what was measured.
+  """The state after update n, of T+1 tokens a row, and what was measured.
 
-  The state stays as it is if loss or gradient is not finite, and if batch n
+  The state stays as it is if loss or gradient is not finite, and if update n
   is not its next one: so after a failed update it waits, whatever comes.
 
   Metrics: loss (nats a token, before the update), gradient_norm (before
