@@ -1,9 +1,11 @@
 # SPDX-License-Identifier: Apache-2.0
 import dataclasses
 import json
+import os
 import shutil
 
 import jax
+from jax.sharding import NamedSharding, PartitionSpec
 import numpy as np
 import pytest
 
@@ -176,3 +178,101 @@ def test_the_record_says_what_made_the_run(tiny_run):
   }  # fmt: skip
   assert record['versions']['jax'] == jax.__version__
   assert len(record['digest']) == 64
+
+
+def largest_file(folder):
+  files = [path for path in folder.rglob('*') if path.is_file()]
+  return max(files, key=lambda path: path.stat().st_size)
+
+
+def truncate(folder):
+  os.truncate(largest_file(folder), largest_file(folder).stat().st_size // 2)
+
+
+def flip_a_bit(folder):
+  """In the middle of an array, where nothing that reads it looks."""
+  file = largest_file(folder)
+  data = bytearray(file.read_bytes())
+  data[len(data) // 2] ^= 0x10
+  file.write_bytes(data)
+
+
+DAMAGES = {
+  'truncated': truncate,
+  'flipped': flip_a_bit,
+  'no params': lambda folder: shutil.rmtree(folder / 'params'),
+  'no model': lambda folder: shutil.rmtree(folder / 'model'),
+  'empty model': lambda f: (f / 'model' / 'metadata').write_text(''),
+}
+
+
+@pytest.mark.parametrize('damage', DAMAGES)
+def test_a_damaged_checkpoint_gives_way_to_the_one_before(
+  run, tiny_run, capsys, damage
+):
+  experiment = tiny.with_run(save.read_experiment(run), folder=str(run))
+  newest = run / 'checkpoints' / '20'
+  DAMAGES[damage](newest)
+  with pytest.raises(ValueError, match='/checkpoints/20/'):
+    loop.restore_run(run)
+  state = loop.train(experiment, quiet=True)
+  said = capsys.readouterr().err
+  assert 'going on from the one before, of step 10' in said
+  assert f'{newest}/' in said
+  _, want = loop.restore_run(tiny_run)
+  for got, leaf in zip(
+    jax.tree.leaves(state), jax.tree.leaves(want), strict=True
+  ):
+    assert np.asarray(got).tobytes() == np.asarray(leaf).tobytes()
+  # Nothing is lost: it lies beside the new one.
+  assert (run / 'checkpoints' / '20.damaged').is_dir()
+  assert restore.latest_step(run) == 20
+
+
+def test_where_none_is_sound_nothing_is_trained_over(run):
+  experiment = tiny.with_run(save.read_experiment(run), folder=str(run))
+  for step in ('10', '20'):
+    truncate(run / 'checkpoints' / step)
+  with pytest.raises(
+    restore.DamagedError, match='no checkpoint of .*/20/.* cannot be read.*/10/'
+  ):
+    loop.train(experiment, quiet=True)
+  assert {'10', '20'} <= {p.name for p in (run / 'checkpoints').iterdir()}
+
+
+def test_a_digest_is_that_of_the_bits_on_any_mesh():
+  rng = np.random.default_rng(0)
+  tree = {
+    'a': rng.normal(size=(16, 24)).astype(np.float32),
+    'b': rng.integers(0, 99, (8,)).astype(np.int32),
+    'c': np.uint32(7),
+  }
+  want = int(save.digest(tree))
+  mesh = jax.make_mesh((4, 2), ('x', 'y'))
+  for spec in (PartitionSpec('x', 'y'), PartitionSpec('y'), PartitionSpec()):
+    split = jax.device_put(tree['a'], NamedSharding(mesh, spec))
+    assert int(save.digest(tree | {'a': split})) == want
+  for _ in range(200):
+    other = tree['a'].copy()
+    bit = np.uint32(1) << np.uint32(rng.integers(32))
+    other.view(np.uint32)[rng.integers(16), rng.integers(24)] ^= bit
+    assert int(save.digest(tree | {'a': other})) != want
+  swapped = tree['a'].copy()
+  swapped[[0, 1]] = swapped[[1, 0]]
+  assert int(save.digest(tree | {'a': swapped})) != want
+
+
+def test_a_periodic_save_waits_until_it_is_cheap(monkeypatch):
+  now = [0.0]
+  monkeypatch.setattr(save.time, 'monotonic', lambda: now[0])
+
+  pace = save.Pace(0.1)
+  assert not pace.busy(writing=False)  # nothing is known yet
+  with pace.saving():
+    now[0] += 3
+  now[0] += 29
+  assert pace.busy(writing=False)
+  now[0] += 2
+  assert not pace.busy(writing=False)
+  assert pace.busy(writing=True)
+  assert not save.Pace(1.0).busy(writing=True)

@@ -198,7 +198,7 @@ def latest_step(folder: str | Path) -> int | None:
   """The newest committed step of a run folder; None if there is none."""
   if not (Path(folder) / 'checkpoints').is_dir():
     return None
-  with save.manager(Path(folder)) as checkpoints:
+  with save.manager(Path(folder), alone=True) as checkpoints:
     return checkpoints.latest_step()
 
 
@@ -241,7 +241,7 @@ def committed(
   """
   if not (Path(folder) / 'checkpoints').is_dir():
     raise FileNotFoundError(f'{folder} has no checkpoint yet')
-  with save.manager(Path(folder)) as checkpoints:
+  with save.manager(Path(folder), alone=True) as checkpoints:
     steps = checkpoints.all_steps()
     wanted = max(steps, default=-1) if step is None else step
     if wanted not in steps:

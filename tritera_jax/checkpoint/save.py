@@ -48,24 +48,25 @@ def manager(
     folder: the run's.
     keep: newest checkpoints to keep; None: all.
     keep_every: also keep those of every so many steps; 0: none.
-    alone: to read only, each process for itself: one that cannot read must not
-      leave the others in a barrier.
+    alone: to read, each process for itself: one that cannot must not leave the
+      others in a barrier.
   """
-  me = jax.process_index()
-  multiprocessing = ocp.options.MultiprocessingOptions(
-    primary_host=me,
-    active_processes={me},
-    barrier_sync_key_prefix=f'alone{me}',
-  )
+  multiprocessing = ocp.options.MultiprocessingOptions()
+  if alone:
+    me = jax.process_index()
+    multiprocessing = ocp.options.MultiprocessingOptions(
+      primary_host=me,
+      active_processes={me},
+      barrier_sync_key_prefix=f'alone{me}',
+    )
   return ocp.CheckpointManager(
     (folder / 'checkpoints').resolve(),
     options=ocp.CheckpointManagerOptions(
       max_to_keep=keep,
       keep_period=keep_every or None,
       enable_async_checkpointing=not alone,
-      read_only=alone,
       create=not alone,
-      **({'multiprocessing_options': multiprocessing} if alone else {}),
+      multiprocessing_options=multiprocessing,
     ),
     item_handlers={
       'model': ocp.JsonCheckpointHandler(),
@@ -157,13 +158,12 @@ class Pace:
     self.ended = time.monotonic()
     self.blocked = self.ended - started
 
-  def busy(self, checkpoints: Manager) -> bool:
-    """Whether one would, now."""
+  def busy(self, *, writing: bool) -> bool:
+    """Whether one would, now; `writing`: the last one is not committed yet."""
     if self.share == 1:
       return False
-    if checkpoints.is_saving_in_progress():
-      return True
-    return self.blocked > self.share * (time.monotonic() - self.ended)
+    waited = time.monotonic() - self.ended
+    return writing or self.blocked > self.share * waited
 
 
 def wait(checkpoints: ocp.CheckpointManager):

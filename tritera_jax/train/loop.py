@@ -120,7 +120,8 @@ class _Attempt:
         )  # fmt: skip
         ledger.enter('compile' if n == start else goodput.TRAINING)
         observer.before_update(n + 1, state, self.signals)
-        votes = agreement.votes(self.pace.busy(self.checkpoints))
+        writing = self.checkpoints.is_saving_in_progress()
+        votes = agreement.votes(self.pace.busy(writing=writing))
         state, measured = update(state, tokens_BT1, n, votes)
         before, now = now, (measured, n + 1, batch)
         # One step behind, so that the devices have work while we look.

@@ -106,7 +106,10 @@ def read(folder: Path) -> list[Skipped]:
       file.read_bytes(), strict=True, extra='forbid'
     )
   except pydantic.ValidationError as error:
-    raise ValueError(f'{file} is damaged: {error}') from None
+    problems = '; '.join(
+      f'{".".join(map(str, e["loc"]))}: {e["msg"]}' for e in error.errors()
+    )
+    raise ValueError(f'{file} is damaged: {problems}') from None
 
 
 def _write(folder: Path, skipped: Iterable[Skipped]):

@@ -98,7 +98,12 @@ class Watchdog(threading.Thread):
 
 @contextlib.contextmanager
 def watching(
-  ledger: Ledger, signals: Signals, waiting: Waiting, **limits: float
+  ledger: Ledger,
+  signals: Signals,
+  waiting: Waiting,
+  *,
+  stall_seconds: float,
+  stop_seconds: float,
 ) -> Iterator[None]:
   """Watches over the block: what stalls is named, then ended with 75.
 
@@ -106,9 +111,16 @@ def watching(
     ledger: whose phases are to end.
     signals: when one to stop came.
     waiting: paths being read, and for how many seconds.
-    **limits: stall_seconds and stop_seconds, as in `RunConfig`.
+    stall_seconds: as in `RunConfig`.
+    stop_seconds: as in `RunConfig`.
   """
-  watchdog = Watchdog(ledger, signals, waiting, **limits)
+  watchdog = Watchdog(
+    ledger,
+    signals,
+    waiting,
+    stall_seconds=stall_seconds,
+    stop_seconds=stop_seconds,
+  )
   watchdog.start()
   try:
     yield
