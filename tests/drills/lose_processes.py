@@ -94,10 +94,10 @@ class Processes:
     self.all[which].send_signal(number)
 
   def fill_disk(self):
-    """No file of theirs may grow past 32 KiB from now on."""
+    """No file of theirs may grow past 1 MiB from now on."""
     self.disturbed = time.monotonic()
     for process in self.all:
-      resource.prlimit(process.pid, resource.RLIMIT_FSIZE, (2**15, 2**15))
+      resource.prlimit(process.pid, resource.RLIMIT_FSIZE, (2**20, 2**20))
 
   def ended(self) -> tuple[list[int], float]:
     """Exit codes, and seconds since the disturbance, of those not stopped."""
@@ -124,6 +124,7 @@ class Drill:
     self.codes: list[list[int]] = []
     self.seconds: list[float] = []
     self.said = ''
+    self.finished = False
 
   def start(self, stall: int = LIMIT) -> Processes:
     count = self.counts.pop(0) if len(self.counts) > 1 else self.counts[0]
@@ -137,7 +138,10 @@ class Drill:
     self.said += processes.said()
 
   def finish(self):
-    """Goes on to the end, undisturbed."""
+    """Goes on to the end, undisturbed, if it was not there yet."""
+    if self.finished:
+      return
+    self.finished = True
     codes, _ = (processes := self.start()).ended()
     self.said += processes.said()
     assert codes == [0] * len(codes), self.said
@@ -226,6 +230,13 @@ def elastic(drill: Drill, at: int):
     drill.end(processes)
 
 
+def storm(drill: Drill, at: int):
+  """One thing after another."""
+  sigterm(drill, at - 20)
+  kill_worker(drill, at)
+  truncated(drill, at + 15)
+
+
 DRILLS: dict[str, tuple[Callable[[Drill, int], None], tuple[int, ...]]] = {
   'kill_worker': (kill_worker, (2,)),
   'kill_coordinator': (kill_coordinator, (2,)),
@@ -236,6 +247,7 @@ DRILLS: dict[str, tuple[Callable[[Drill, int], None], tuple[int, ...]]] = {
   'truncated': (truncated, (2,)),
   'flipped': (flipped, (2,)),
   'elastic': (elastic, (4, 2, 4)),
+  'storm': (storm, (2,)),
 }
 
 

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Short runs of the drills, so that they stay fit for the long ones."""
 
-from tests.drills import kill_prepare, kill_training
+from tests.drills import kill_prepare, kill_training, lose_processes
 
 
 def test_preparing_survives_kills(tmp_path):
@@ -15,3 +15,9 @@ def test_training_survives_kills_inside_a_save_too(tmp_path, monkeypatch):
     kills=2, inside=1, steps=40, seed=1, folder=tmp_path
   )
   assert 'digests of leaves and records equal' in said
+
+
+def test_processes_survive_what_is_done_to_them(tmp_path):
+  [row] = lose_processes.drills(['storm'], steps=50, folder=tmp_path)
+  assert row['result'].endswith('digests equal')
+  assert row['exit codes'] == '[143, 143]; [75, -9]; [143, 143]'

@@ -99,6 +99,31 @@ def test_slurm(run, tmp_path, script, task, words):
   assert said == f'{words}; 32 devices, mesh data=4 fsdp=8 tensor=1'
 
 
+@pytest.mark.parametrize(
+  'code, again', [(0, 0), (1, 0), (2, 0), (75, 1), (143, 1)]
+)
+def test_slurm_starts_a_run_again_that_would_go_on(tmp_path, code, again):
+  for script in ('slurm_process_per_gpu', 'slurm_process_per_node'):
+    commands = tmp_path / script
+    commands.mkdir()
+    record = commands / 'record'
+    for name, body in (
+      ('srun', f'exit {code}'), ('scontrol', f'echo "$@" >> {record}'),
+    ):  # fmt: skip
+      (commands / name).write_text(f'#!/bin/bash\n{body}\n')
+      (commands / name).chmod(0o755)
+    done = subprocess.run(
+      ['bash', FOLDER / f'{script}.sbatch'],
+      env={
+        'DATASET': 'd', 'RUN': 'r', 'SLURM_JOB_ID': '47',
+        'PATH': f'{commands}:{os.environ["PATH"]}',
+      },
+    )  # fmt: skip
+    assert done.returncode == code
+    said = record.read_text() if record.exists() else ''
+    assert said == again * 'requeue 47\n'
+
+
 def container(file: str):
   """Parallelism and the container of a JobSet's only job, and how many."""
   jobset = yaml.safe_load((FOLDER / file).read_text())
@@ -108,6 +133,12 @@ def container(file: str):
   (one,) = spec['template']['spec']['containers']
   # JobSet names pods JOBSET-JOB-REPLICA-POD, in the subdomain JOBSET.
   name = jobset['metadata']['name']
+  assert jobset['spec']['failurePolicy']['rules'] == [
+    {'action': 'FailJobSet', 'onJobFailureReasons': ['PodFailurePolicy']}
+  ]
+  [rule] = spec['podFailurePolicy']['rules']
+  assert rule['action'] == 'FailJob'
+  assert rule['onExitCodes'] == {'operator': 'In', 'values': [1, 2]}
   return f'{name}-{job["name"]}', name, job['replicas'], spec, one
 
 

@@ -1,4 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
+import errno
 import os
 import signal
 
@@ -19,6 +20,8 @@ class Left(BaseException):
   [
     (Stopped(signal.SIGTERM, 'x'), 143, 143),
     (NotSavedError('x'), 74, 74),
+    (OSError(errno.ENOSPC, 'no space left'), 74, 74),
+    (FileNotFoundError('x'), None, 1),
     (jax.errors.JaxRuntimeError('UNKNOWN: Gloo: closed by peer'), None, 75),
     (jax.errors.JaxRuntimeError('RESOURCE_EXHAUSTED: memory'), None, 1),
     # The command line has words for these; alone, they reach it.

@@ -77,6 +77,34 @@ def manager(
   )
 
 
+@contextlib.contextmanager
+def writing(
+  folder: Path,
+  keep: int | None = None,
+  keep_every: int = 0,
+  *,
+  agreed: tuple[type[Exception], ...] = (),
+) -> Iterator[Manager]:
+  """The manager, closed at the end of the block, when all is committed.
+
+  Args:
+    folder: as of `manager`.
+    keep: as of `manager`.
+    keep_every: as of `manager`.
+    agreed: exceptions that all processes raise alike. After another the
+      manager is left open, unless this process is the only one: to close it
+      is to wait for the others.
+  """
+  checkpoints = manager(folder, keep, keep_every)
+  try:
+    yield checkpoints
+  except Exception as error:
+    if jax.process_count() == 1 or isinstance(error, agreed):
+      checkpoints.close()
+    raise
+  checkpoints.close()
+
+
 def items(state: Any) -> dict[str, PyTree]:
   """The checkpoint's items of arrays: `params`, and the rest of the state."""
   rest = state._asdict()

@@ -3,7 +3,7 @@
 
   0        done
   1, 2     refused, or misused
-  74       a checkpoint could not be written: make room first
+  74       a checkpoint or record could not be written: make room first
   75       stalled, a peer was lost, or there was no time left to save
   128 + n  stopped by signal n (143 SIGTERM, 130 Ctrl-C) and saved
   other    killed or aborted, as JAX does when it loses the coordinator
@@ -13,6 +13,7 @@ After any above 2 the same command goes on; after 1 and 2 it would end again.
 
 from collections.abc import Iterator
 import contextlib
+import errno
 import os
 import sys
 import traceback
@@ -24,6 +25,7 @@ from tritera_jax.train.signals import Stopped
 from tritera_jax.train.watchdog import EXIT_AGAIN
 
 EXIT_NOT_SAVED = 74  # EX_IOERR of sysexits.h
+_NO_ROOM = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO}
 
 
 @contextlib.contextmanager
@@ -43,7 +45,9 @@ def told(processes: int) -> Iterator[None]:
     code, words = EXIT_NOT_SAVED, str(error)
   except Exception as error:
     code, words = 1, str(error)
-    if processes == 1:
+    if isinstance(error, OSError) and error.errno in _NO_ROOM:
+      code = EXIT_NOT_SAVED
+    elif processes == 1:
       raise
     if not isinstance(error, ValueError | OSError | FloatingPointError):
       words = traceback.format_exc()

@@ -108,7 +108,12 @@ class _Attempt:
     stream = recovery.stream(self.batches, start, self.skipped)
     now = None  # the last update's metrics, number and batch
     with (
-      save.manager(self.folder, run.keep, run.keep_every) as self.checkpoints,
+      save.writing(
+        self.folder,
+        run.keep,
+        run.keep_every,
+        agreed=(Stopped, recovery.BadBatch),
+      ) as self.checkpoints,
       Observer(self.experiment, start, self.quiet, ledger) as observer,
     ):
       for n in range(start, run.steps):
@@ -165,9 +170,11 @@ class _Attempt:
     Raises:
       FloatingPointError: the run is to stop.
     """
-    config = self.experiment.run.recovery
     run = self.experiment.run
-    with save.manager(self.folder, run.keep, run.keep_every) as checkpoints:
+    config = run.recovery
+    with save.writing(
+      self.folder, run.keep, run.keep_every, agreed=(FloatingPointError,)
+    ) as checkpoints:
       if config.then == 'roll_back':
         _say(recovery.roll_back(self.folder, checkpoints, config, bad))
         return

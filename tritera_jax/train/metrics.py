@@ -80,6 +80,8 @@ def line(record: dict) -> str:
     parts.append(f'{record["tokens_per_second"]:,.0f} tok/s')
   if 'mfu' in record:
     parts.append(f'MFU {record["mfu"]:.1%}')
+  if record.get('data_share', 0) > 0.1:
+    parts.append(f'waiting for data {record["data_share"]:.0%}')
   if 'zero_fraction' in record:
     parts.append(
       f'zeros {record["zero_fraction"]:.1%} flips {record["flip_fraction"]:.2%}'
