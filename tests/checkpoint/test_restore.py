@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 
 from tests import tiny
+from tritera_jax import experiment as experiment_lib
 from tritera_jax.checkpoint import restore, save
 from tritera_jax.parallel.mesh import MeshConfig
 from tritera_jax.train import loop
@@ -139,19 +140,68 @@ def test_another_ternary_setting_is_another_experiment(run):
     save.write_experiment(other, run)
 
 
-def test_datasets_may_move_but_their_weights_are_the_experiment(run):
+def mixed(run, mixture, *reweighted):
+  """The run's experiment on other data."""
   experiment = save.read_experiment(run)
+  data = dataclasses.replace(
+    experiment.data, mixture=mixture, reweighted=reweighted
+  )
+  return dataclasses.replace(experiment, data=data)
 
-  def mixed(*mixture):
-    data = dataclasses.replace(experiment.data, mixture=mixture)
-    return dataclasses.replace(experiment, data=data)
 
-  edit(run, data=dataclasses.asdict(mixed(('a', 0.5), ('b', 1.0)).data))
-  save.write_experiment(mixed(('moved/a', 0.5), ('moved/b', 1.0)), run)
-  with pytest.raises(
-    ValueError, match=r'data.mixture: \[0.5, 1.0\] there, \[0.5, 2.0\] here'
+AB = (('a', 0.5), ('b', 1.0))
+
+
+@pytest.fixture
+def mixture(run):
+  """A run of 20 updates on two datasets, re-weighted after 12."""
+  edit(run, data=dataclasses.asdict(mixed(run, AB, (12, (0.5, 0.5))).data))
+  return run
+
+
+def test_datasets_may_move_but_used_weights_are_the_experiment(mixture):
+  before = (mixture / 'experiment.json').read_bytes()
+  moved = (('moved/a', 0.5), ('moved/b', 1.0))
+  save.write_experiment(mixed(mixture, moved, (12, (1.0, 1.0))), mixture)
+  for other, batch in (
+    (((('a', 0.5), ('b', 2.0)), (12, (1.0, 1.0))), 0),
+    ((AB, (12, (1.0, 2.0))), 12),
+    ((AB, (11, (1.0, 1.0))), 11),
+    ((AB,), 12),
+    ((AB, (12, (1.0, 1.0)), (19, (1.0, 3.0))), 19),
+    (((*AB, ('c', 0.0)), (12, (1.0, 1.0, 1.0))), 12),
   ):
-    save.write_experiment(mixed(('a', 0.5), ('b', 2.0)), run)
+    with pytest.raises(
+      ValueError,
+      match=f'data.mixture: batch {batch} was drawn .* from step 20 on',
+    ):
+      save.write_experiment(mixed(mixture, *other), mixture)
+  assert (mixture / 'experiment.json').read_bytes() == before
+
+
+def test_a_mixture_changes_from_the_newest_checkpoint_on(mixture):
+  """And the record says what was used until when."""
+  first = json.loads((mixture / 'experiment.json').read_text())
+  kept, wide = (12, (0.5, 0.5)), (12, (0.5, 0.5, 0.0))
+  second = mixed(mixture, AB, kept, (20, (1.0, 3.0)))
+  save.write_experiment(second, mixture)
+  once = (mixture / 'experiment.json').read_bytes()
+  save.write_experiment(second, mixture)
+  assert (mixture / 'experiment.json').read_bytes() == once
+  third = mixed(
+    mixture,
+    (*AB, ('c', 0.0)),
+    wide,
+    (20, (0.0, 1.0, 1.0)),
+    (35, (1.0, 0.0, 0.0)),
+  )
+  save.write_experiment(third, mixture)
+  assert save.read_experiment(mixture) == third
+  record = json.loads((mixture / 'experiment.json').read_text())
+  earlier = record['before']
+  assert [each.pop('until_step') for each in earlier] == [20, 20]
+  assert earlier[0] == first
+  assert earlier[1]['experiment'] == json.loads(experiment_lib.to_json(second))
 
 
 def test_what_is_not_there_is_said(tmp_path, tiny_run):

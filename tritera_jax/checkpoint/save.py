@@ -107,14 +107,23 @@ def wait(checkpoints: ocp.CheckpointManager):
 def write_experiment(experiment: Experiment, folder: Path):
   """Writes experiment.json, or checks the one that is there.
 
+  A mixture may change from the newest checkpoint on: the file is written
+  anew, with what stood there under 'before'.
+
   Raises:
     ValueError: the folder belongs to another experiment; every differing
       field is named.
   """
   file = folder / 'experiment.json'
+  before = []
   if file.exists():
-    _check_same(read_experiment(folder), experiment, folder)
-    return
+    there = read_experiment(folder)
+    done = _committed(folder)
+    _check_same(there, experiment, folder, done)
+    if there.data.schedule == experiment.data.schedule:
+      return
+    record = json.loads(file.read_text())
+    before = [*record.pop('before', []), record | {'until_step': done}]
   folder.mkdir(parents=True, exist_ok=True)
   text = experiment_lib.to_json(experiment)
   record = {
@@ -123,7 +132,7 @@ def write_experiment(experiment: Experiment, folder: Path):
     'commit': _git_commit(),
     'versions': {name: importlib.metadata.version(name) for name in _PACKAGES},
     'devices': f'{jax.device_count()} x {jax.devices()[0].device_kind}',
-  }
+  } | ({'before': before} if before else {})
   partial = file.with_suffix('.partial')
   partial.write_text(json.dumps(record, indent=2) + '\n')
   partial.rename(file)
@@ -148,18 +157,41 @@ def read_experiment(folder: str | Path) -> Experiment:
   return experiment_lib.from_json(json.dumps(record), str(file))
 
 
-def _check_same(old: Experiment, new: Experiment, folder: Path):
+def _committed(folder: Path) -> int:
+  """The newest checkpoint's step, 0 if none.
+
+  Without a manager, which all processes would have to open together.
+  """
+  checkpoints = folder / 'checkpoints'
+  if not checkpoints.is_dir():
+    return 0
+  return max(ocp.utils.checkpoint_steps(checkpoints), default=0)
+
+
+def _check_same(old: Experiment, new: Experiment, folder: Path, done: int):
   # Of the run, what changes a result; never where data lie and on how many
-  # devices, how often to look or save, or how memory is spent.
+  # devices, how often to look or save, or how memory is spent. Of a mixture
+  # the shares, as far as they were used.
   free = {f'run.{field.name}' for field in dataclasses.fields(new.run)} - {
     'run.steps', 'run.seed',
-  } | {'data.path', 'data.max_epochs'}  # fmt: skip
+  } | {
+    'data.path', 'data.max_epochs', 'data.mixture', 'data.reweighted',
+  }  # fmt: skip
   differing = [
     difference
     for difference in differences(_fields(old), _fields(new))
     if not difference.startswith('mesh.')
     and difference.partition(':')[0] not in free
   ]
+  was, now = _used(old, done), _used(new, done)
+  if was != now:
+    first = min(step for step, _ in was ^ now)
+    differing.append(
+      f'data.mixture: batch {first} was drawn by other shares; of the {done} '
+      f'batches made, those by first batch are {dict(sorted(was))}, here '
+      f'{dict(sorted(now))}; new weights stand in data.reweighted, from step '
+      f'{done} on'
+    )
   if differing:
     raise ValueError(
       f'{folder} holds a run of another experiment ({"; ".join(differing)}); '
@@ -167,12 +199,21 @@ def _check_same(old: Experiment, new: Experiment, folder: Path):
     )
 
 
+def _used(experiment: Experiment, done: int) -> set[tuple[int, tuple]]:
+  """The stretches of `DataConfig.schedule` that begin before batch `done`.
+
+  Without datasets at the end that had no share yet.
+  """
+  used = set()
+  for first, shares in experiment.data.schedule:
+    length = max(i + 1 for i, share in enumerate(shares) if share)
+    if first < done:
+      used.add((first, shares[:length]))
+  return used
+
+
 def _fields(experiment: Experiment) -> dict:
-  fields = json.loads(experiment_lib.to_json(experiment))
-  # Of a mixture the weights: its datasets may have moved, as data.path may.
-  mixture = fields['data'].get('mixture', [])
-  fields['data']['mixture'] = [weight for _, weight in mixture]
-  return fields
+  return json.loads(experiment_lib.to_json(experiment))
 
 
 def differences(there: dict, here: dict, prefix: str = '') -> list[str]:

@@ -64,7 +64,7 @@ def train(experiment: Experiment, *, quiet: bool = False) -> step.TrainState:
     start = int(state.step)
     batches = loader.batches(
       sources,
-      [weight for _, weight in data.sources],
+      data.schedule,
       batch_size=data.batch_size,
       sequence_length=data.sequence_length,
       seed=data.seed,
@@ -151,15 +151,14 @@ def _open_sources(experiment: Experiment) -> Sequence[shards.TokenSource]:
         f'the tokenizers of {source.root} and {data.path} differ; prepare one '
         f"with the other's: --tokenizer {data.path}/tokenizer.json"
       )
-  weights = [weight for _, weight in data.sources]
-  rows = experiment.run.steps * data.batch_size
-  epochs = loader.epochs(sources, weights, rows, data.sequence_length)
+  steps, B, T = experiment.run.steps, data.batch_size, data.sequence_length
+  epochs = loader.epochs(sources, data.schedule, steps, B, T)
   for source, count in zip(sources, epochs, strict=True):
     if data.max_epochs and count > data.max_epochs:
       raise ValueError(
-        f'{source.root} would be read {count:.2f} times in {rows:,} windows, '
-        f'more than data.max_epochs={data.max_epochs:g}; lower run.steps or '
-        'its weight, or give more data'
+        f'{source.root} would be read {count:.2f} times in {steps * B:,} '
+        f'windows, more than data.max_epochs={data.max_epochs:g}; lower '
+        'run.steps or its weight, or give more data'
       )
   return sources
 
