@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Short runs of the drills, so that they stay fit for the long ones."""
 
-from tests.drills import kill_prepare, kill_training
+from tests.drills import kill_prepare, kill_training, trillion_tokens
 
 
 def test_preparing_survives_kills(tmp_path):
@@ -15,3 +15,8 @@ def test_training_survives_kills_inside_a_save_too(tmp_path, monkeypatch):
     kills=2, inside=1, steps=40, seed=1, folder=tmp_path
   )
   assert 'digests of leaves and records equal' in said
+
+
+def test_a_trillion_tokens_are_entered_anywhere(tmp_path):
+  said = trillion_tokens.drill(tmp_path, steps=2)
+  assert said.startswith('1,200,000,000,000 tokens in 17,881 shards: opened')
