@@ -3,15 +3,23 @@
 
 Google: the JSON API (get, list, media upload, delete). Amazon: REST with
 path-style names (GET, PUT, DELETE, ListObjectsV2). Signatures are not checked.
+
+As a process of its own it serves the files of a folder as bucket 'bucket':
+
+  python tests/data/bucket_server.py FOLDER PORT
 """
 
 from collections.abc import Callable, Iterator
 import hashlib
 from http import server
 import json
+from pathlib import Path
+import sys
 import threading
 from urllib import parse
 from xml.sax import saxutils
+
+SILENCE = -1
 
 
 class Bucket:
@@ -20,39 +28,38 @@ class Bucket:
   Attributes:
     objects: contents by name.
     requests: (method, path) of each request so far.
-    refusals: the statuses to answer the next requests with.
+    refusals: the statuses to answer the next requests with; 0: as it should,
+      SILENCE: not at all.
     page: objects in one page of a listing.
     url: of the server.
   """
 
-  def __init__(self, name: str = 'bucket', page: int = 3):
+  def __init__(self, name: str = 'bucket', page: int = 3, port: int = 0):
     self.name, self.page = name, page
     self.refusals: Iterator[int] = iter(())
     self.objects: dict[str, bytes] = {}
     self.requests: list[tuple[str, str]] = []
     self._server = server.ThreadingHTTPServer(
-      ('127.0.0.1', 0), type('Handler', (_Handler,), {'bucket': self})
+      ('127.0.0.1', port), type('Handler', (_Handler,), {'bucket': self})
     )
     self.url = f'http://127.0.0.1:{self._server.server_port}'
+    self.ended = threading.Event()
 
   @property
   def environment(self) -> dict[str, str]:
-    """Variables that send TensorStore here; it reads them once a process."""
-    return {
-      'TENSORSTORE_GCS_HTTP_URL': self.url,
-      'GOOGLE_AUTH_TOKEN_FOR_TESTING': 'token',
-      'AWS_ENDPOINT_URL': self.url,
-      'AWS_REGION': 'us-east-1',
-      'AWS_ACCESS_KEY_ID': 'key',
-      'AWS_SECRET_ACCESS_KEY': 'secret',
-      'AWS_EC2_METADATA_DISABLED': 'true',
-    }
+    """`environment` of this server."""
+    return environment(self.url)
+
+  def serve(self):
+    """Until the process is killed."""
+    self._server.serve_forever()
 
   def __enter__(self) -> 'Bucket':
-    threading.Thread(target=self._server.serve_forever, daemon=True).start()
+    threading.Thread(target=self.serve, daemon=True).start()
     return self
 
   def __exit__(self, *_):
+    self.ended.set()
     self._server.shutdown()
     self._server.server_close()
 
@@ -60,6 +67,19 @@ class Bucket:
     """A page of names, and whether there are more."""
     names = sorted(filter(wanted, self.objects))
     return names[: self.page], len(names) > self.page
+
+
+def environment(url: str) -> dict[str, str]:
+  """Variables that send TensorStore there; it reads them once a process."""
+  return {
+    'TENSORSTORE_GCS_HTTP_URL': url,
+    'GOOGLE_AUTH_TOKEN_FOR_TESTING': 'token',
+    'AWS_ENDPOINT_URL': url,
+    'AWS_REGION': 'us-east-1',
+    'AWS_ACCESS_KEY_ID': 'key',
+    'AWS_SECRET_ACCESS_KEY': 'secret',
+    'AWS_EC2_METADATA_DISABLED': 'true',
+  }
 
 
 def _generation(data: bytes) -> str:
@@ -89,7 +109,11 @@ class _Handler(server.BaseHTTPRequestHandler):
     url = parse.urlsplit(self.path)
     query = dict(parse.parse_qsl(url.query, keep_blank_values=True))
     google, upload = '/storage/v1/b/', '/upload/storage/v1/b/'
-    if status := next(self.bucket.refusals, 0):
+    status = next(self.bucket.refusals, 0)
+    if status == SILENCE:
+      self.bucket.ended.wait()
+      return
+    if status:
       # Google's errors are JSON, Amazon's XML.
       error = {'error': {'code': status, 'message': 'refused'}}
       self._answer(
@@ -212,3 +236,13 @@ class _Handler(server.BaseHTTPRequestHandler):
       f'<IsTruncated>{str(more).lower()}</IsTruncated>{token}{contents}'
       '</ListBucketResult>'.encode(),
     )
+
+
+if __name__ == '__main__':
+  folder = Path(sys.argv[1])
+  bucket = Bucket(port=int(sys.argv[2]))
+  for file in folder.rglob('*'):
+    if file.is_file():
+      name = file.relative_to(folder).as_posix()
+      bucket.objects[name] = file.read_bytes()
+  bucket.serve()

@@ -15,8 +15,8 @@ from urllib import parse
 
 import pytest
 
-from tests.data.bucket_server import Bucket
-from tritera_jax.data import prepare
+from tests.data.bucket_server import SILENCE, Bucket
+from tritera_jax.data import prepare, shards
 
 PREFIX = 'some data #1/100%'
 # Retries as in use, but at once.
@@ -30,11 +30,11 @@ ARGUMENTS = {'vocab_size': 300, 'holdout': 0.5, 'shard_tokens': 300}
 PREPARE = f'prepare.prepare(sys.argv[2], out, **{ARGUMENTS})'
 
 
-def run(bucket: Bucket, program: str, *arguments: object):
+def run(bucket: Bucket, program: str, *arguments: object, **environment: str):
   return subprocess.run(
     [sys.executable, '-c', QUICK + program, *map(str, arguments)],
     env={
-      **os.environ, **bucket.environment,
+      **os.environ, **bucket.environment, **environment,
       'PYTHONPATH': os.pathsep.join(p for p in sys.path if p),
     },
     capture_output=True, text=True, timeout=60,
@@ -182,3 +182,14 @@ def test_a_server_that_stumbles_is_asked_again(bucket, local, corpus, url):
   done = run(bucket, PREPARE, url, corpus)
   assert done.returncode == 0, done.stderr
   assert bucket.objects == objects(local)
+
+
+def test_a_request_that_is_never_answered_is_made_again(bucket, local, url):
+  bucket.objects |= objects(local)
+  bucket.refusals = iter([0, 0, SILENCE])
+  program = "print(*shards.open_split(out, 'train').read(0, 50))"
+  done = run(bucket, program, url, TENSORSTORE_CURL_LOW_SPEED_TIME_SECONDS='1')
+  assert done.returncode == 0, done.stderr
+  want = shards.open_split(local, 'train').read(0, 50)
+  assert done.stdout.split() == [str(token) for token in want]
+  assert next(bucket.refusals, None) is None
