@@ -13,13 +13,24 @@ from collections.abc import Callable, Iterator
 import hashlib
 from http import server
 import json
+import os
 from pathlib import Path
+import shutil
+import signal
+import socket
+import subprocess
 import sys
 import threading
-from urllib import parse
+import time
+from urllib import error, parse, request
 from xml.sax import saxutils
 
 SILENCE = -1
+# The server of moto, which is kept by others: what Amazon's protocol is does
+# not depend on us. It has no Google's, and forgets its objects with its end.
+MOTO = shutil.which(
+  'moto_server', path=f'{Path(sys.executable).parent}:{os.environ["PATH"]}'
+)
 
 
 class Bucket:
@@ -45,11 +56,6 @@ class Bucket:
     self.url = f'http://127.0.0.1:{self._server.server_port}'
     self.ended = threading.Event()
 
-  @property
-  def environment(self) -> dict[str, str]:
-    """`environment` of this server."""
-    return environment(self.url)
-
   def serve(self):
     """Until the process is killed."""
     self._server.serve_forever()
@@ -67,6 +73,64 @@ class Bucket:
     """A page of names, and whether there are more."""
     names = sorted(filter(wanted, self.objects))
     return names[: self.page], len(names) > self.page
+
+
+class Server:
+  """A process on a port of its own that serves what lies in a folder.
+
+  Args:
+    folder: its files are the objects of 'bucket'.
+    moto: the path of moto's server, to take that in place of `Bucket`.
+  """
+
+  def __init__(self, folder: Path, moto: str | None = None):
+    self.folder, self.moto = folder, moto
+    with socket.socket() as free:
+      free.bind(('127.0.0.1', 0))
+      self.port = free.getsockname()[1]
+    self.url = f'http://127.0.0.1:{self.port}'
+    self.start()
+
+  def start(self):
+    own = [sys.executable, __file__, str(self.folder)]
+    command = [self.moto, '-p'] if self.moto else own
+    self.process = subprocess.Popen(
+      [*command, str(self.port)],
+      stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL,
+    )  # fmt: skip
+    while True:
+      try:
+        self.ask('GET', '')
+        break
+      except error.HTTPError:
+        break  # an answer too
+      except OSError:
+        assert self.process.poll() is None, 'the server does not start'
+        time.sleep(0.05)
+    if self.moto:
+      self.ask('PUT', 'bucket')
+      for file in filter(Path.is_file, self.folder.rglob('*')):
+        name = file.relative_to(self.folder).as_posix()
+        self.ask('PUT', f'bucket/{parse.quote(name)}', file.read_bytes())
+
+  def ask(self, method: str, path: str, data: bytes | None = None):
+    kind = {'Content-Type': 'application/octet-stream'}
+    asked = request.Request(f'{self.url}/{path}', data, kind, method=method)
+    request.urlopen(asked, timeout=10).close()
+
+  def outage(self, how: str, seconds: float):
+    if how == 'hangs':
+      self.process.send_signal(signal.SIGSTOP)
+      time.sleep(seconds)
+      self.process.send_signal(signal.SIGCONT)
+    else:
+      self.end()
+      time.sleep(seconds)
+      self.start()
+
+  def end(self):
+    self.process.kill()
+    self.process.wait()
 
 
 def environment(url: str) -> dict[str, str]:

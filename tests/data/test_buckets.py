@@ -15,7 +15,7 @@ from urllib import parse
 
 import pytest
 
-from tests.data.bucket_server import SILENCE, Bucket
+from tests.data.bucket_server import MOTO, SILENCE, Bucket, Server, environment
 from tritera_jax.data import prepare, shards
 
 PREFIX = 'some data #1/100%'
@@ -30,11 +30,13 @@ ARGUMENTS = {'vocab_size': 300, 'holdout': 0.5, 'shard_tokens': 300}
 PREPARE = f'prepare.prepare(sys.argv[2], out, **{ARGUMENTS})'
 
 
-def run(bucket: Bucket, program: str, *arguments: object, **environment: str):
+def run(
+  bucket: Bucket | Server, program: str, *arguments: object, **variables: str
+):
   return subprocess.run(
     [sys.executable, '-c', QUICK + program, *map(str, arguments)],
     env={
-      **os.environ, **bucket.environment, **environment,
+      **os.environ, **environment(bucket.url), **variables,
       'PYTHONPATH': os.pathsep.join(p for p in sys.path if p),
     },
     capture_output=True, text=True, timeout=60,
@@ -193,3 +195,28 @@ def test_a_request_that_is_never_answered_is_made_again(bucket, local, url):
   want = shards.open_split(local, 'train').read(0, 50)
   assert done.stdout.split() == [str(token) for token in want]
   assert next(bucket.refusals, None) is None
+
+
+@pytest.mark.skipif(not MOTO, reason="pip install 'tritera_jax[test]'")
+def test_a_server_that_others_keep_agrees(local, corpus, tmp_path):
+  """What ours answers is our reading of the protocol; moto's is not."""
+  bucket = Server(tmp_path, MOTO)
+  try:
+    url = f's3://bucket/{PREFIX}'
+    assert run(bucket, PREPARE, url, corpus).returncode == 0
+    program = """
+from pathlib import Path
+there = sorted(storage.names(out, ''))
+here = [p for p in Path(sys.argv[2]).rglob('*') if p.is_file()]
+assert there == sorted(str(p.relative_to(sys.argv[2])) for p in here)
+for name in there:
+  assert storage.read(out, name) == (Path(sys.argv[2]) / name).read_bytes()
+shards.open_split(out, 'train').verify()
+storage.delete(out, 'train/')
+print(len(there), storage.names(out, 'train/'))
+"""
+    done = run(bucket, program, url, local)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.split() == [str(len(objects(local))), '[]']
+  finally:
+    bucket.end()

@@ -4,36 +4,38 @@
   python tests/drills/stop_bucket.py --seconds 10
 
 Trains on a dataset in a folder, undisturbed, and on the same in a bucket
-(gs:// and s3://) whose server stops in the middle: as a process that hangs
+(gs:// and s3://) whose server stops on the way: as a process that hangs
 (SIGSTOP, then SIGCONT) and as one that is gone (SIGKILL, connections refused,
 then started anew). Compares every loss and the digest of the stream of tokens
-of every step. With `--server moto`, the server is moto's (`moto_server`, of
-PyPI's moto[server]), which speaks Amazon's protocol; it forgets its objects
-when it is killed, so that it only hangs.
+of every step. The server is `tests/data/bucket_server.py`, and moto's if that
+is installed, which forgets its objects when it ends and so only hangs.
 """
 
 import argparse
+from collections.abc import Sequence
 import contextlib
 import json
 import os
 from pathlib import Path
-import shutil
-import signal
-import socket
 import subprocess
 import sys
 import tempfile
 import time
-from urllib import error, parse, request
 
 import numpy as np
 
 sys.path.insert(0, str(Path(__file__).parents[2]))
 
 from tests.data import bucket_server
+from tests.data.bucket_server import Server
 from tritera_jax.data import shards, tokenizer
 
 TRITERA = str(Path(sys.executable).with_name('tritera'))
+CASES = (
+  ('ours', 's3', ('hangs', 'goes')),
+  ('ours', 'gs', ('hangs', 'goes')),
+  *([('moto', 's3', ['hangs'])] if bucket_server.MOTO else []),
+)
 EXPERIMENT = """
 from tritera_jax.experiment import *
 from tritera_jax.model.config import ModelConfig
@@ -70,59 +72,6 @@ def prepare(folder: Path, chunks: int):
   )
 
 
-class Server:
-  """A process on a port of its own that serves what lies in a folder."""
-
-  def __init__(self, folder: Path, kind: str):
-    self.folder, self.kind = folder, kind
-    with socket.socket() as free:
-      free.bind(('127.0.0.1', 0))
-      self.port = free.getsockname()[1]
-    self.url = f'http://127.0.0.1:{self.port}'
-    self.start()
-
-  def start(self):
-    own = [sys.executable, bucket_server.__file__, str(self.folder)]
-    command = ['moto_server', '-p'] if self.kind == 'moto' else own
-    self.process = subprocess.Popen(
-      [*command, str(self.port)],
-      stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL,
-    )  # fmt: skip
-    while True:
-      try:
-        self.ask('GET', '')
-        break
-      except error.HTTPError:
-        break  # an answer too
-      except OSError:
-        assert self.process.poll() is None, 'the server does not start'
-        time.sleep(0.05)
-    if self.kind == 'moto':
-      self.ask('PUT', 'bucket')
-      for file in filter(Path.is_file, self.folder.rglob('*')):
-        name = file.relative_to(self.folder).as_posix()
-        self.ask('PUT', f'bucket/{parse.quote(name)}', file.read_bytes())
-
-  def ask(self, method: str, path: str, data: bytes | None = None):
-    request.urlopen(
-      request.Request(f'{self.url}/{path}', data, method=method), timeout=10
-    ).close()
-
-  def outage(self, how: str, seconds: float):
-    if how == 'hangs':
-      self.process.send_signal(signal.SIGSTOP)
-      time.sleep(seconds)
-      self.process.send_signal(signal.SIGCONT)
-    else:
-      self.end()
-      time.sleep(seconds)
-      self.start()
-
-  def end(self):
-    self.process.kill()
-    self.process.wait()
-
-
 def records(run: Path) -> list[dict]:
   """The lines of metrics.jsonl that are whole."""
   with contextlib.suppress(FileNotFoundError):
@@ -135,85 +84,88 @@ def outcome(run: Path) -> list[tuple]:
   return [(r['step'], r['loss'], r['tokens_digest']) for r in records(run)]
 
 
-def start(experiment: Path, run: Path, data: str, **environment: str):
-  log = run.with_suffix('.log').open('w')
-  return subprocess.Popen(
-    [
-      TRITERA, 'train', str(experiment), '--run.folder', str(run),
-      '--data.path', data,
-    ],
-    stdout=log, stderr=log,
-    env=os.environ | {'XLA_FLAGS': ''} | environment,
-  )  # fmt: skip
+def train(experiment: Path, run: Path, data: str, **environment: str):
+  """Starts `tritera train`, which writes RUN.log."""
+  with run.with_suffix('.log').open('w') as log:
+    return subprocess.Popen(
+      [
+        TRITERA, 'train', str(experiment), '--run.folder', str(run),
+        '--data.path', data,
+      ],
+      stdout=log, stderr=log,
+      env=os.environ | {'XLA_FLAGS': ''} | environment,
+    )  # fmt: skip
 
 
 def disturbed(
-  experiment: Path, run: Path, data: str, server: Server, how: str,
-  seconds: float,
+  experiment: Path, run: Path, data: str, server: Server,
+  outages: Sequence[str], seconds: float,
 ) -> str:  # fmt: skip
-  """Trains from a bucket with an outage after 20 steps."""
-  process = start(
-    experiment, run, data, **bucket_server.environment(server.url)
-  )
+  """Trains from a bucket, each outage 20 steps after the one before."""
+  said = []
+  variables = bucket_server.environment(server.url)
+  process = train(experiment, run, data, **variables)
+
+  def wait_for(step: int):
+    while len(records(run)) < step and process.poll() is None:
+      time.sleep(0.02)
+    assert len(records(run)) >= step, run.with_suffix('.log').read_text()
+
   try:
-    while len(records(run)) < 20:
-      assert process.poll() is None, run.with_suffix('.log').read_text()
-      time.sleep(0.02)
-    began, before = time.perf_counter(), len(records(run))
-    server.outage(how, seconds)
-    during = len(records(run))
-    while len(records(run)) == during and process.poll() is None:
-      time.sleep(0.02)
-    after = time.perf_counter() - began - seconds
+    for how in outages:
+      wait_for(len(records(run)) + 20)
+      began, before = time.perf_counter(), len(records(run))
+      server.outage(how, seconds)
+      during = len(records(run))
+      wait_for(during + 1)
+      after = time.perf_counter() - began - seconds
+      said.append(
+        f'{how} {seconds:g} s after step {before}: {during - before} steps of '
+        f'what was read ahead, the next {after:.1f} s after its return'
+      )
     assert process.wait() == 0, run.with_suffix('.log').read_text()
   finally:
     process.kill()
-  assert during < len(records(run)), 'the run did not wait for the server'
-  return (
-    f'{data.partition(":")[0]}, server {how} {seconds:g} s after step '
-    f'{before}: {during - before} steps of what was read ahead, the next '
-    f'{after:.1f} s after its return'
-  )
+    process.wait()
+  return '; '.join(said)
 
 
 def drill(
   folder: Path,
   seconds: float,
-  cases: list[tuple[str, str]],
+  cases: Sequence[tuple[str, str, Sequence[str]]],
   steps: int,
-  server: str = 'own',
 ) -> str:
   """Returns what was seen; raises AssertionError if the runs differ.
 
   Args:
     folder: an empty one.
     seconds: of each outage.
-    cases: scheme of the bucket, 'gs' or 's3', and how its server stops,
-      'hangs' or 'goes'.
+    cases: server, 'moto' or 'ours'; scheme of the URL, 'gs' or 's3'; and the
+      outages of a run, each 'hangs' or 'goes'.
     steps: of each run.
-    server: 'own' or 'moto'.
   """
   experiment = folder / 'experiment.py'
   experiment.write_text(EXPERIMENT.format(steps=steps))
   prepare(folder / 'bucket' / 'data', chunks=1000)
-  local = str(folder / 'bucket' / 'data')
-  calm = start(experiment, folder / 'calm', local)
+  calm = train(experiment, folder / 'calm', str(folder / 'bucket' / 'data'))
   assert calm.wait() == 0, (folder / 'calm.log').read_text()
   want = outcome(folder / 'calm')
   assert len(want) == steps
   said = []
-  for scheme, how in cases:
-    bucket, run = Server(folder / 'bucket', server), folder / f'{scheme}_{how}'
+  for kind, scheme, outages in cases:
+    server = Server(
+      folder / 'bucket', bucket_server.MOTO if kind == 'moto' else None
+    )
+    run = folder / f'{scheme}_{kind}'
     try:
-      said.append(
-        disturbed(
-          experiment, run, f'{scheme}://bucket/data', bucket, how, seconds
-        )
+      seen = disturbed(
+        experiment, run, f'{scheme}://bucket/data', server, outages, seconds
       )
     finally:
-      bucket.end()
-    assert outcome(run) == want, f'{scheme}, {how}: the runs differ'
-    shutil.rmtree(run)
+      server.end()
+    assert outcome(run) == want, f'{scheme}, {kind}: the runs differ'
+    said.append(f'{scheme}, {kind}: {seen}')
   return '\n'.join([*said, f'{steps} losses and digests equal in each'])
 
 
@@ -221,10 +173,6 @@ if __name__ == '__main__':
   parser = argparse.ArgumentParser(description=__doc__)
   parser.add_argument('--seconds', type=float, default=10)
   parser.add_argument('--steps', type=int, default=300)
-  parser.add_argument('--server', choices=['own', 'moto'], default='own')
   options = parser.parse_args()
-  cases = [('s3', 'hangs')]
-  if options.server == 'own':
-    cases += [('s3', 'goes'), ('gs', 'hangs'), ('gs', 'goes')]
   with tempfile.TemporaryDirectory() as temporary:
-    print(drill(Path(temporary), cases=cases, **vars(options)))
+    print(drill(Path(temporary), cases=CASES, **vars(options)))

@@ -1,7 +1,12 @@
 # SPDX-License-Identifier: Apache-2.0
 """Short runs of the drills, so that they stay fit for the long ones."""
 
-from tests.drills import kill_prepare, kill_training, trillion_tokens
+from tests.drills import (
+  kill_prepare,
+  kill_training,
+  stop_bucket,
+  trillion_tokens,
+)
 
 
 def test_preparing_survives_kills(tmp_path):
@@ -20,3 +25,10 @@ def test_training_survives_kills_inside_a_save_too(tmp_path, monkeypatch):
 def test_a_trillion_tokens_are_entered_anywhere(tmp_path):
   said = trillion_tokens.drill(tmp_path, steps=2)
   assert said.startswith('1,200,000,000,000 tokens in 17,881 shards: opened')
+
+
+def test_training_survives_a_bucket_that_stops(tmp_path):
+  said = stop_bucket.drill(
+    tmp_path, seconds=2, cases=stop_bucket.CASES[1:2], steps=60
+  )
+  assert said.endswith('60 losses and digests equal in each')
