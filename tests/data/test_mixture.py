@@ -178,13 +178,9 @@ def test_a_resumed_run_takes_new_weights_as_if_it_had_always_had_them(
   twin = str(shutil.copytree(tiny_data, tmp_path / 'twin'))
 
   def train(folder, *reweighted):
+    # 20 steps, as of `tiny_run`, whose program is compiled already.
     experiment = tiny.experiment(
-      tiny_data,
-      tmp_path / folder,
-      8,
-      save_every=4,
-      evaluate_every=0,
-      telemetry_every=100,
+      tiny_data, tmp_path / folder, 20, evaluate_every=0, telemetry_every=100
     )
     data = dataclasses.replace(
       experiment.data, mixture=((str(tiny_data), 0.3), (twin, 0.7)),
@@ -193,10 +189,10 @@ def test_a_resumed_run_takes_new_weights_as_if_it_had_always_had_them(
     state = loop.train(dataclasses.replace(experiment, data=data), quiet=True)
     return int(state.tokens_digest)
 
-  changes = ((2, (0.5, 0.5)), (4, (0.9, 0.1)))
+  changes = ((4, (0.5, 0.5)), (10, (0.9, 0.1)))
   want = train('known', *changes)
   assert train('resumed', changes[0]) != want
-  shutil.rmtree(tmp_path / 'resumed' / 'checkpoints' / '8')
+  shutil.rmtree(tmp_path / 'resumed' / 'checkpoints' / '20')
   assert train('resumed', *changes) == want
-  with pytest.raises(ValueError, match='batch 4 was drawn by other shares'):
+  with pytest.raises(ValueError, match='batch 10 was drawn by other shares'):
     train('resumed', changes[0])
