@@ -182,6 +182,23 @@ def a_run_folder_of_another_experiment(place):
   )
 
 
+def new_weights_for_what_is_trained(place):
+  data = str(place.data)
+  return (
+    [*place.train, '--run.folder', str(place.run), '--data.mixture', data, '1',
+     data, '1'],
+    'batch 0 was drawn by other shares; .* in data.reweighted, from step 20',
+  )  # fmt: skip
+
+
+def other_tokens_under_the_run(place):
+  place.manifest(sha256='0' * 64)
+  return (
+    [*place.train, '--run.folder', str(place.run)],
+    '/data has other tokens than dataset 0 of the 20 batches',
+  )
+
+
 def another_architecture_in_the_checkpoint(place):
   record = place.run / 'experiment.json'
   text = record.read_text()
@@ -236,6 +253,8 @@ CASES = [
   an_axis_across_hosts_twice,
   a_run_folder_that_cannot_be_written,
   a_run_folder_of_another_experiment,
+  new_weights_for_what_is_trained,
+  other_tokens_under_the_run,
   another_architecture_in_the_checkpoint,
   a_vocabulary_of_another_size,
   a_packed_file_of_an_unknown_layout,

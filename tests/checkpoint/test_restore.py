@@ -156,6 +156,8 @@ AB = (('a', 0.5), ('b', 1.0))
 def mixture(run):
   """A run of 20 updates on two datasets, re-weighted after 12."""
   edit(run, data=dataclasses.asdict(mixed(run, AB, (12, (0.5, 0.5))).data))
+  file = run / 'experiment.json'
+  file.write_text(json.dumps(json.loads(file.read_text()) | {'sources': []}))
   return run
 
 
@@ -204,6 +206,21 @@ def test_a_mixture_changes_from_the_newest_checkpoint_on(mixture):
   assert earlier[1]['experiment'] == json.loads(experiment_lib.to_json(second))
 
 
+def test_datasets_that_were_read_keep_their_tokens(mixture):
+  join = (mixture, (*AB, ('c', 0.0)), (12, (0.5, 0.5, 0.0)))
+  late = mixed(*join, (20, (0.0, 1.0, 1.0)))
+  save.write_experiment(late, mixture, ['1', '2', '3'])
+  save.write_experiment(late, mixture, ['1', '2', '4'])  # c was never read
+  for prints, path in ((['1', '5', '4'], 'b'), (['2', '1', '4'], 'a')):
+    with pytest.raises(
+      ValueError, match=f'{path} has other tokens than dataset . of the 20 ba'
+    ):
+      save.write_experiment(late, mixture, prints)
+  record = json.loads((mixture / 'experiment.json').read_text())
+  assert record['sources'] == ['1', '2', '4']
+  assert [b['sources'] for b in record['before']][1:] == [['1', '2', '3']]
+
+
 def test_what_is_not_there_is_said(tmp_path, tiny_run):
   with pytest.raises(FileNotFoundError, match='is not a run folder'):
     restore.restore_params(tmp_path)
@@ -220,7 +237,7 @@ def test_a_record_that_is_damaged_is_said(run):
 def test_the_record_says_what_made_the_run(tiny_run):
   record = json.loads((tiny_run / 'experiment.json').read_text())
   assert set(record) == {
-    'experiment', 'digest', 'commit', 'versions', 'devices',
+    'experiment', 'digest', 'sources', 'commit', 'versions', 'devices',
   }  # fmt: skip
   assert record['versions']['jax'] == jax.__version__
   assert len(record['digest']) == 64

@@ -8,6 +8,7 @@ restored alone; and what else training needs to go on. Only this module and
 `restore` name Orbax.
 """
 
+from collections.abc import Sequence
 import dataclasses
 import hashlib
 import importlib.metadata
@@ -104,11 +105,18 @@ def wait(checkpoints: ocp.CheckpointManager):
     ) from None
 
 
-def write_experiment(experiment: Experiment, folder: Path):
+def write_experiment(
+  experiment: Experiment, folder: Path, sources: Sequence[str] = ()
+):
   """Writes experiment.json, or checks the one that is there.
 
   A mixture may change from the newest checkpoint on: the file is written
   anew, with what stood there under 'before'.
+
+  Args:
+    experiment: what is about to be trained.
+    folder: the run's.
+    sources: fingerprints of its datasets' tokens; none: as they were.
 
   Raises:
     ValueError: the folder belongs to another experiment; every differing
@@ -117,18 +125,20 @@ def write_experiment(experiment: Experiment, folder: Path):
   file = folder / 'experiment.json'
   before = []
   if file.exists():
-    there = read_experiment(folder)
-    done = _committed(folder)
+    there, record = read_experiment(folder), json.loads(file.read_text())
+    done, was = _committed(folder), record.get('sources', [])
+    sources = list(sources) or was
     _check_same(there, experiment, folder, done)
-    if there.data.schedule == experiment.data.schedule:
+    _check_sources(was, sources, experiment, done)
+    if there.data.schedule == experiment.data.schedule and was == sources:
       return
-    record = json.loads(file.read_text())
     before = [*record.pop('before', []), record | {'until_step': done}]
   folder.mkdir(parents=True, exist_ok=True)
   text = experiment_lib.to_json(experiment)
   record = {
     'experiment': json.loads(text),
     'digest': hashlib.sha256(text.encode()).hexdigest(),
+    'sources': list(sources),
     'commit': _git_commit(),
     'versions': {name: importlib.metadata.version(name) for name in _PACKAGES},
     'devices': f'{jax.device_count()} x {jax.devices()[0].device_kind}',
@@ -197,6 +207,20 @@ def _check_same(old: Experiment, new: Experiment, folder: Path, done: int):
       f'{folder} holds a run of another experiment ({"; ".join(differing)}); '
       'choose another --run.folder, or delete this one'
     )
+
+
+def _check_sources(
+  was: Sequence[str], now: Sequence[str], experiment: Experiment, done: int
+):
+  stretches = [shares for _, shares in _used(experiment, done)]
+  used = {i for shares in stretches for i, x in enumerate(shares) if x}
+  paths = [path for path, _ in experiment.data.sources]
+  for i, (before, here) in enumerate(zip(was, now, strict=False)):
+    if i in used and before != here:
+      raise ValueError(
+        f'{paths[i]} has other tokens than dataset {i} of the {done} batches '
+        'that were made; give the one that was trained on'
+      )
 
 
 def _used(experiment: Experiment, done: int) -> set[tuple[int, tuple]]:

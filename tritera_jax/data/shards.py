@@ -283,6 +283,12 @@ class TokenSource:
   def vocab_size(self) -> int:
     return self.manifest.vocab_size
 
+  @property
+  def fingerprint(self) -> str:
+    """SHA-256 of the shards' lengths and digests, wherever they lie."""
+    text = ''.join(f'{shard.tokens} {shard.sha256}\n' for shard in self.shards)
+    return hashlib.sha256(text.encode()).hexdigest()
+
   def read(self, start: int, stop: int) -> Integer[np.ndarray, ' n']:
     """Tokens start..stop-1 of the split, in the shards' dtype.
 

@@ -48,7 +48,8 @@ def train(experiment: Experiment, *, quiet: bool = False) -> step.TrainState:
   update = step.jitted(experiment, mesh)
 
   def open_folder():
-    save.write_experiment(experiment, folder)
+    prints = [source.fingerprint for source in sources]
+    save.write_experiment(experiment, folder, prints)
     tokenizer.save(str(folder / 'tokenizer.json'))
 
   processes.first_alone(open_folder)
