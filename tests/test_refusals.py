@@ -19,7 +19,7 @@ from safetensors import numpy as safetensors
 import tensorstore as ts
 
 from tritera_jax import cli
-from tritera_jax.checkpoint import restore
+from tritera_jax.checkpoint import save
 from tritera_jax.data import prepare
 
 EXPERIMENT = """
@@ -182,6 +182,23 @@ def a_run_folder_of_another_experiment(place):
   )
 
 
+def new_weights_for_what_is_trained(place):
+  data = str(place.data)
+  return (
+    [*place.train, '--run.folder', str(place.run), '--data.mixture', data, '1',
+     data, '1'],
+    'batch 0 was drawn by other shares; .* in data.reweighted, from step 20',
+  )  # fmt: skip
+
+
+def other_tokens_under_the_run(place):
+  place.manifest(sha256='0' * 64)
+  return (
+    [*place.train, '--run.folder', str(place.run)],
+    '/data has other tokens than dataset 0 of the 20 batches',
+  )
+
+
 def another_architecture_in_the_checkpoint(place):
   record = place.run / 'experiment.json'
   text = record.read_text()
@@ -236,6 +253,8 @@ CASES = [
   an_axis_across_hosts_twice,
   a_run_folder_that_cannot_be_written,
   a_run_folder_of_another_experiment,
+  new_weights_for_what_is_trained,
+  other_tokens_under_the_run,
   another_architecture_in_the_checkpoint,
   a_vocabulary_of_another_size,
   a_packed_file_of_an_unknown_layout,
@@ -274,7 +293,7 @@ def test_a_half_written_step_is_passed_over(place, capsys):
   half = place.run / 'checkpoints' / '30.orbax-checkpoint-tmp'
   shutil.copytree(place.run / 'checkpoints' / '20' / 'params', half / 'params')
   assert cli.main(['pack', str(place.run)]) == 0
-  assert restore.latest_step(place.run) == 20
+  assert save.latest_step(place.run) == 20
 
 
 FULL = """
@@ -304,6 +323,6 @@ def test_a_full_disk_is_said_and_the_run_goes_on_afterwards(place):
     failed.stderr,
     re.MULTILINE,
   )
-  assert restore.latest_step(place.folder / 'new') is None
+  assert save.latest_step(place.folder / 'new') is None
   assert cli.main(arguments) == 0
-  assert restore.latest_step(place.folder / 'new') == 20
+  assert save.latest_step(place.folder / 'new') == 20

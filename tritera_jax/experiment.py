@@ -8,8 +8,10 @@ resolved experiment is written as JSON beside every checkpoint.
 
 import dataclasses
 import difflib
+import fractions
 import importlib.util
 import json
+import math
 from pathlib import Path
 import types
 from typing import Literal
@@ -35,6 +37,10 @@ class DataConfig:
       alone; windows are drawn by weight. Tokenizer and held-out text are
       those of `path`. A dataset that is used up is read again in another
       order.
+    reweighted: (n, weights): from batch n on (n updates made), the datasets
+      of `mixture` have these weights, in its order. Each goes on from where
+      it is. A run that is resumed takes what begins at its newest checkpoint
+      or later; a dataset that joins is added to `mixture` with weight 0.
     max_epochs: refuse a run that would read a dataset more often; 0: any.
   """
 
@@ -43,22 +49,71 @@ class DataConfig:
   sequence_length: int
   seed: int = 0
   mixture: tuple[tuple[str, float], ...] = ()
+  reweighted: tuple[tuple[int, tuple[float, ...]], ...] = ()
   max_epochs: float = 0.0
 
   def __post_init__(self):
     for field in ('batch_size', 'sequence_length'):
       if getattr(self, field) < 1:
         raise ValueError(f'data.{field}={getattr(self, field)} must be >= 1')
-    for path, weight in self.mixture:
-      if not 0 < weight < float('inf'):
+    if not 0 <= self.seed < 2**64:
+      raise ValueError(f'data.seed={self.seed} must lie in 0..2^64-1')
+    self._check_weights()
+
+  def _check_weights(self):
+    paths = [path for path, _ in self.sources]
+    rows = [('data.mixture', tuple(weight for _, weight in self.sources))]
+    before = 0
+    for step, weights in self.reweighted:
+      rows.append((f'data.reweighted: step {step}', weights))
+      if len(weights) != len(paths):
         raise ValueError(
-          f'data.mixture: the weight of {path} is {weight}; it must be > 0'
+          f'data.reweighted: step {step} has {len(weights)} weights, '
+          f'data.mixture {len(self.mixture)} datasets; give one for each'
+        )
+      if step <= before:
+        raise ValueError(
+          f'data.reweighted: step {step} comes after {before}; steps must '
+          'grow, from 1 on (those of step 0 stand in data.mixture)'
+        )
+      before = step
+    for where, weights in rows:
+      for path, weight in zip(paths, weights, strict=True):
+        if not 0 <= weight < float('inf'):
+          raise ValueError(
+            f'{where}: the weight of {path} is {weight}; it must be >= 0'
+          )
+      if not any(weights):
+        raise ValueError(f'{where}: every weight is 0; give one that is not')
+    for path, *weights in zip(paths, *(w for _, w in rows), strict=True):
+      if not any(weights):
+        raise ValueError(
+          f'data.mixture: the weight of {path} is 0 and stays so; give it one '
+          'there or in data.reweighted, or leave it out'
         )
 
   @property
   def sources(self) -> tuple[tuple[str, float], ...]:
     """Paths and weights of what is trained on."""
     return self.mixture or ((self.path, 1.0),)
+
+  @property
+  def schedule(self) -> tuple[tuple[int, tuple[int, ...]], ...]:
+    """First batch and shares of every stretch of batches, from 0 on.
+
+    Shares are whole numbers without a common divisor, exactly in the ratio of
+    the weights as they are written: 0.1 is a tenth. Neighbours differ.
+    """
+    stretches = []
+    first = (0, tuple(weight for _, weight in self.sources))
+    for step, weights in (first, *self.reweighted):
+      exact = [fractions.Fraction(str(weight)) for weight in weights]
+      scale = math.lcm(*(weight.denominator for weight in exact))
+      whole = [int(weight * scale) for weight in exact]
+      shares = tuple(share // math.gcd(*whole) for share in whole)
+      if not stretches or stretches[-1][1] != shares:
+        stretches.append((step, shares))
+    return tuple(stretches)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -237,6 +292,11 @@ class RunConfig:
           f'run.skip: {first} {stop} is no range of batches; give its first '
           'and one past its last'
         )
+    if self.steps >= 2**31:
+      raise ValueError(
+        f'run.steps={self.steps} must be < 2^31: the counter is an int32; '
+        'raise data.batch_size'
+      )
     if self.loss_chunk < 0:
       raise ValueError(
         f'run.loss_chunk={self.loss_chunk} must be >= 1, or 0 for no chunks'

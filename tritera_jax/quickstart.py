@@ -13,7 +13,7 @@ import tqdm
 
 from tritera_jax import experiment as experiment_lib
 from tritera_jax import show
-from tritera_jax.checkpoint import pack, restore
+from tritera_jax.checkpoint import pack, restore, save
 from tritera_jax.data import prepare, shards
 from tritera_jax.eval import baselines, perplexity
 from tritera_jax.generate import load
@@ -42,7 +42,7 @@ def main(path: str = EXPERIMENT):
   say(summary)
 
   say(f'\n2/5 train: {path}\n{show.describe(experiment)}\n')
-  before = restore.latest_step(run)
+  before = save.latest_step(run)
   if before == experiment.run.steps:
     say(f'{run} is trained already ({before} steps); delete it to start anew')
   else:

@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 
 from tests import tiny
+from tritera_jax import experiment as experiment_lib
 from tritera_jax.checkpoint import restore, save
 from tritera_jax.parallel.mesh import MeshConfig
 from tritera_jax.train import loop
@@ -110,7 +111,7 @@ def test_a_step_that_was_not_written_to_its_end_is_none(run):
   half = checkpoints / '30.orbax-checkpoint-tmp'
   shutil.copytree(checkpoints / '20', half)
   (half / '_CHECKPOINT_METADATA').unlink()
-  assert restore.latest_step(run) == 20
+  assert save.latest_step(run) == 20
   assert int(loop.restore_run(run)[1].step) == 20
 
 
@@ -143,19 +144,85 @@ def test_another_ternary_setting_is_another_experiment(run):
     save.write_experiment(other, run)
 
 
-def test_datasets_may_move_but_their_weights_are_the_experiment(run):
+def mixed(run, mixture, *reweighted):
+  """The run's experiment on other data."""
   experiment = save.read_experiment(run)
+  data = dataclasses.replace(
+    experiment.data, mixture=mixture, reweighted=reweighted
+  )
+  return dataclasses.replace(experiment, data=data)
 
-  def mixed(*mixture):
-    data = dataclasses.replace(experiment.data, mixture=mixture)
-    return dataclasses.replace(experiment, data=data)
 
-  edit(run, data=dataclasses.asdict(mixed(('a', 0.5), ('b', 1.0)).data))
-  save.write_experiment(mixed(('moved/a', 0.5), ('moved/b', 1.0)), run)
-  with pytest.raises(
-    ValueError, match=r'data.mixture: \[0.5, 1.0\] there, \[0.5, 2.0\] here'
+AB = (('a', 0.5), ('b', 1.0))
+
+
+@pytest.fixture
+def mixture(run):
+  """A run of 20 updates on two datasets, re-weighted after 12."""
+  edit(run, data=dataclasses.asdict(mixed(run, AB, (12, (0.5, 0.5))).data))
+  file = run / 'experiment.json'
+  file.write_text(json.dumps(json.loads(file.read_text()) | {'sources': []}))
+  return run
+
+
+def test_datasets_may_move_but_used_weights_are_the_experiment(mixture):
+  before = (mixture / 'experiment.json').read_bytes()
+  moved = (('moved/a', 0.5), ('moved/b', 1.0))
+  save.write_experiment(mixed(mixture, moved, (12, (1.0, 1.0))), mixture)
+  for other, batch in (
+    (((('a', 0.5), ('b', 2.0)), (12, (1.0, 1.0))), 0),
+    ((AB, (12, (1.0, 2.0))), 12),
+    ((AB, (11, (1.0, 1.0))), 11),
+    ((AB,), 12),
+    ((AB, (12, (1.0, 1.0)), (19, (1.0, 3.0))), 19),
+    (((*AB, ('c', 0.0)), (12, (1.0, 1.0, 1.0))), 12),
   ):
-    save.write_experiment(mixed(('a', 0.5), ('b', 2.0)), run)
+    with pytest.raises(
+      ValueError,
+      match=f'data.mixture: batch {batch} was drawn .* from step 20 on',
+    ):
+      save.write_experiment(mixed(mixture, *other), mixture)
+  assert (mixture / 'experiment.json').read_bytes() == before
+
+
+def test_a_mixture_changes_from_the_newest_checkpoint_on(mixture):
+  """And the record says what was used until when."""
+  first = json.loads((mixture / 'experiment.json').read_text())
+  kept, wide = (12, (0.5, 0.5)), (12, (0.5, 0.5, 0.0))
+  second = mixed(mixture, AB, kept, (20, (1.0, 3.0)))
+  save.write_experiment(second, mixture)
+  once = (mixture / 'experiment.json').read_bytes()
+  save.write_experiment(second, mixture)
+  assert (mixture / 'experiment.json').read_bytes() == once
+  third = mixed(
+    mixture,
+    (*AB, ('c', 0.0)),
+    wide,
+    (20, (0.0, 1.0, 1.0)),
+    (35, (1.0, 0.0, 0.0)),
+  )
+  save.write_experiment(third, mixture)
+  assert save.read_experiment(mixture) == third
+  record = json.loads((mixture / 'experiment.json').read_text())
+  earlier = record['before']
+  assert [each.pop('until_batch') for each in earlier] == [20, 20]
+  assert earlier[0] == first
+  assert earlier[1]['experiment'] == json.loads(experiment_lib.to_json(second))
+
+
+def test_datasets_that_were_read_keep_their_tokens(mixture):
+  join = (mixture, (*AB, ('c', 0.0)), (12, (0.5, 0.5, 0.0)))
+  late = mixed(*join, (20, (0.0, 1.0, 1.0)))
+  save.write_experiment(late, mixture, ['1', '2', '3'])
+  save.write_experiment(late, mixture, ['1', '2', '4'])  # c was never read
+  for prints, path in ((['1', '5', '4'], 'b'), (['2', '1', '4'], 'a')):
+    with pytest.raises(
+      ValueError, match=f'{path} has other tokens than dataset . of the 20 ba'
+    ):
+      save.write_experiment(late, mixture, prints)
+  record = json.loads((mixture / 'experiment.json').read_text())
+  assert record['sources'] == ['1', '2', '4']
+  assert [b['sources'] for b in record['before']][1:] == [['1', '2', '3']]
 
 
 def test_what_is_not_there_is_said(tmp_path, tiny_run):
@@ -174,7 +241,7 @@ def test_a_record_that_is_damaged_is_said(run):
 def test_the_record_says_what_made_the_run(tiny_run):
   record = json.loads((tiny_run / 'experiment.json').read_text())
   assert set(record) == {
-    'experiment', 'digest', 'commit', 'versions', 'devices',
+    'experiment', 'digest', 'sources', 'commit', 'versions', 'devices',
   }  # fmt: skip
   assert record['versions']['jax'] == jax.__version__
   assert len(record['digest']) == 64
@@ -226,7 +293,7 @@ def test_a_damaged_checkpoint_gives_way_to_the_one_before(
     assert np.asarray(got).tobytes() == np.asarray(leaf).tobytes()
   # Nothing is lost: it lies beside the new one.
   assert (run / 'checkpoints' / '20.damaged').is_dir()
-  assert restore.latest_step(run) == 20
+  assert save.latest_step(run) == 20
 
 
 def test_where_none_is_sound_nothing_is_trained_over(run):

@@ -3,15 +3,34 @@
 
 Google: the JSON API (get, list, media upload, delete). Amazon: REST with
 path-style names (GET, PUT, DELETE, ListObjectsV2). Signatures are not checked.
+
+As a process of its own it serves the files of a folder as bucket 'bucket':
+
+  python tests/data/bucket_server.py FOLDER PORT
 """
 
 from collections.abc import Callable, Iterator
 import hashlib
 from http import server
 import json
+import os
+from pathlib import Path
+import shutil
+import signal
+import socket
+import subprocess
+import sys
 import threading
-from urllib import parse
+import time
+from urllib import error, parse, request
 from xml.sax import saxutils
+
+SILENCE = -1
+# The server of moto, which is kept by others: what Amazon's protocol is does
+# not depend on us. It has no Google's, and forgets its objects with its end.
+MOTO = shutil.which(
+  'moto_server', path=f'{Path(sys.executable).parent}:{os.environ["PATH"]}'
+)
 
 
 class Bucket:
@@ -20,39 +39,33 @@ class Bucket:
   Attributes:
     objects: contents by name.
     requests: (method, path) of each request so far.
-    refusals: the statuses to answer the next requests with.
+    refusals: the statuses to answer the next requests with; 0: as it should,
+      SILENCE: not at all.
     page: objects in one page of a listing.
     url: of the server.
   """
 
-  def __init__(self, name: str = 'bucket', page: int = 3):
+  def __init__(self, name: str = 'bucket', page: int = 3, port: int = 0):
     self.name, self.page = name, page
     self.refusals: Iterator[int] = iter(())
     self.objects: dict[str, bytes] = {}
     self.requests: list[tuple[str, str]] = []
     self._server = server.ThreadingHTTPServer(
-      ('127.0.0.1', 0), type('Handler', (_Handler,), {'bucket': self})
+      ('127.0.0.1', port), type('Handler', (_Handler,), {'bucket': self})
     )
     self.url = f'http://127.0.0.1:{self._server.server_port}'
+    self.ended = threading.Event()
 
-  @property
-  def environment(self) -> dict[str, str]:
-    """Variables that send TensorStore here; it reads them once a process."""
-    return {
-      'TENSORSTORE_GCS_HTTP_URL': self.url,
-      'GOOGLE_AUTH_TOKEN_FOR_TESTING': 'token',
-      'AWS_ENDPOINT_URL': self.url,
-      'AWS_REGION': 'us-east-1',
-      'AWS_ACCESS_KEY_ID': 'key',
-      'AWS_SECRET_ACCESS_KEY': 'secret',
-      'AWS_EC2_METADATA_DISABLED': 'true',
-    }
+  def serve(self):
+    """Until the process is killed."""
+    self._server.serve_forever()
 
   def __enter__(self) -> 'Bucket':
-    threading.Thread(target=self._server.serve_forever, daemon=True).start()
+    threading.Thread(target=self.serve, daemon=True).start()
     return self
 
   def __exit__(self, *_):
+    self.ended.set()
     self._server.shutdown()
     self._server.server_close()
 
@@ -60,6 +73,77 @@ class Bucket:
     """A page of names, and whether there are more."""
     names = sorted(filter(wanted, self.objects))
     return names[: self.page], len(names) > self.page
+
+
+class Server:
+  """A process on a port of its own that serves what lies in a folder.
+
+  Args:
+    folder: its files are the objects of 'bucket'.
+    moto: the path of moto's server, to take that in place of `Bucket`.
+  """
+
+  def __init__(self, folder: Path, moto: str | None = None):
+    self.folder, self.moto = folder, moto
+    with socket.socket() as free:
+      free.bind(('127.0.0.1', 0))
+      self.port = free.getsockname()[1]
+    self.url = f'http://127.0.0.1:{self.port}'
+    self.start()
+
+  def start(self):
+    own = [sys.executable, __file__, str(self.folder)]
+    command = [self.moto, '-p'] if self.moto else own
+    self.process = subprocess.Popen(
+      [*command, str(self.port)],
+      stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL,
+    )  # fmt: skip
+    while True:
+      try:
+        self.ask('GET', '')
+        break
+      except error.HTTPError:
+        break  # an answer too
+      except OSError:
+        assert self.process.poll() is None, 'the server does not start'
+        time.sleep(0.05)
+    if self.moto:
+      self.ask('PUT', 'bucket')
+      for file in filter(Path.is_file, self.folder.rglob('*')):
+        name = file.relative_to(self.folder).as_posix()
+        self.ask('PUT', f'bucket/{parse.quote(name)}', file.read_bytes())
+
+  def ask(self, method: str, path: str, data: bytes | None = None):
+    kind = {'Content-Type': 'application/octet-stream'}
+    asked = request.Request(f'{self.url}/{path}', data, kind, method=method)
+    request.urlopen(asked, timeout=10).close()
+
+  def outage(self, how: str, seconds: float):
+    if how == 'hangs':
+      self.process.send_signal(signal.SIGSTOP)
+      time.sleep(seconds)
+      self.process.send_signal(signal.SIGCONT)
+    else:
+      self.end()
+      time.sleep(seconds)
+      self.start()
+
+  def end(self):
+    self.process.kill()
+    self.process.wait()
+
+
+def environment(url: str) -> dict[str, str]:
+  """Variables that send TensorStore there; it reads them once a process."""
+  return {
+    'TENSORSTORE_GCS_HTTP_URL': url,
+    'GOOGLE_AUTH_TOKEN_FOR_TESTING': 'token',
+    'AWS_ENDPOINT_URL': url,
+    'AWS_REGION': 'us-east-1',
+    'AWS_ACCESS_KEY_ID': 'key',
+    'AWS_SECRET_ACCESS_KEY': 'secret',
+    'AWS_EC2_METADATA_DISABLED': 'true',
+  }
 
 
 def _generation(data: bytes) -> str:
@@ -89,7 +173,11 @@ class _Handler(server.BaseHTTPRequestHandler):
     url = parse.urlsplit(self.path)
     query = dict(parse.parse_qsl(url.query, keep_blank_values=True))
     google, upload = '/storage/v1/b/', '/upload/storage/v1/b/'
-    if status := next(self.bucket.refusals, 0):
+    status = next(self.bucket.refusals, 0)
+    if status == SILENCE:
+      self.bucket.ended.wait()
+      return
+    if status:
       # Google's errors are JSON, Amazon's XML.
       error = {'error': {'code': status, 'message': 'refused'}}
       self._answer(
@@ -212,3 +300,13 @@ class _Handler(server.BaseHTTPRequestHandler):
       f'<IsTruncated>{str(more).lower()}</IsTruncated>{token}{contents}'
       '</ListBucketResult>'.encode(),
     )
+
+
+if __name__ == '__main__':
+  folder = Path(sys.argv[1])
+  bucket = Bucket(port=int(sys.argv[2]))
+  for file in folder.rglob('*'):
+    if file.is_file():
+      name = file.relative_to(folder).as_posix()
+      bucket.objects[name] = file.read_bytes()
+  bucket.serve()

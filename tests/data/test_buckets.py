@@ -15,8 +15,8 @@ from urllib import parse
 
 import pytest
 
-from tests.data.bucket_server import Bucket
-from tritera_jax.data import prepare
+from tests.data.bucket_server import MOTO, SILENCE, Bucket, Server, environment
+from tritera_jax.data import prepare, shards
 
 PREFIX = 'some data #1/100%'
 # Retries as in use, but at once.
@@ -30,11 +30,13 @@ ARGUMENTS = {'vocab_size': 300, 'holdout': 0.5, 'shard_tokens': 300}
 PREPARE = f'prepare.prepare(sys.argv[2], out, **{ARGUMENTS})'
 
 
-def run(bucket: Bucket, program: str, *arguments: object):
+def run(
+  bucket: Bucket | Server, program: str, *arguments: object, **variables: str
+):
   return subprocess.run(
     [sys.executable, '-c', QUICK + program, *map(str, arguments)],
     env={
-      **os.environ, **bucket.environment,
+      **os.environ, **environment(bucket.url), **variables,
       'PYTHONPATH': os.pathsep.join(p for p in sys.path if p),
     },
     capture_output=True, text=True, timeout=60,
@@ -182,3 +184,57 @@ def test_a_server_that_stumbles_is_asked_again(bucket, local, corpus, url):
   done = run(bucket, PREPARE, url, corpus)
   assert done.returncode == 0, done.stderr
   assert bucket.objects == objects(local)
+
+
+def test_a_request_that_is_never_answered_is_named_and_made_again(
+  bucket, local, url
+):
+  bucket.objects |= objects(local)
+  # The manifest is read before, of Amazon after a look at the bucket.
+  before = {'gs': 2, 's3': 4}[url[:2]]
+  bucket.refusals = iter([0] * before + [SILENCE])
+  program = """
+import threading, time
+from tritera_jax.data import loader
+source = shards.open_split(out, 'train')
+reader = threading.Thread(target=lambda: print(*source.read(0, 50)))
+reader.start()
+longest = {}
+while reader.is_alive():
+  longest |= dict(loader.waiting([source]))
+  time.sleep(0.02)
+path = max(longest, key=longest.get)
+print(path, longest[path] > 0.8)
+"""
+  done = run(bucket, program, url, TENSORSTORE_CURL_LOW_SPEED_TIME_SECONDS='1')
+  assert done.returncode == 0, done.stderr
+  tokens, named = done.stdout.splitlines()
+  want = shards.open_split(local, 'train')
+  assert tokens.split() == [str(token) for token in want.read(0, 50)]
+  assert named == f'{url}/{want.shards[0].path}.tokens.zarr3 True'
+  assert next(bucket.refusals, None) is None
+
+
+@pytest.mark.skipif(not MOTO, reason="pip install 'tritera_jax[test]'")
+def test_a_server_that_others_keep_agrees(local, corpus, tmp_path):
+  """What ours answers is our reading of the protocol; moto's is not."""
+  bucket = Server(tmp_path, MOTO)
+  try:
+    url = f's3://bucket/{PREFIX}'
+    assert run(bucket, PREPARE, url, corpus).returncode == 0
+    program = """
+from pathlib import Path
+there = sorted(storage.names(out, ''))
+here = [p for p in Path(sys.argv[2]).rglob('*') if p.is_file()]
+assert there == sorted(str(p.relative_to(sys.argv[2])) for p in here)
+for name in there:
+  assert storage.read(out, name) == (Path(sys.argv[2]) / name).read_bytes()
+shards.open_split(out, 'train').verify()
+storage.delete(out, 'train/')
+print(len(there), storage.names(out, 'train/'))
+"""
+    done = run(bucket, program, url, local)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.split() == [str(len(objects(local))), '[]']
+  finally:
+    bucket.end()

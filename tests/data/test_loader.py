@@ -1,10 +1,16 @@
 # SPDX-License-Identifier: Apache-2.0
+from collections.abc import Callable
+import hashlib
 import itertools
+import time
+import weakref
 
 import numpy as np
 import pytest
+import tensorstore as ts
 
 from tritera_jax.data import loader, shards
+from tritera_jax.data.mixture import Mixture
 
 
 @pytest.fixture
@@ -78,8 +84,8 @@ def test_a_host_reads_its_rows_of_the_global_batch_only(source, rows):
   part = loader.batches(
     [source], batch_size=5, sequence_length=8, seed=0, rows=rows
   )
-  read, starts = source.read, []
-  source.read = lambda a, b: (starts.append(a), read(a, b))[1]
+  steps, starts = source.steps, []
+  source.steps = lambda a, b: (starts.append(a), steps(a, b))[1]
   for n in (0, 2, 7):  # batch 2 spans epochs: 12 windows in batches of 5
     expected = whole[n]['tokens'][rows]
     starts.clear()
@@ -142,33 +148,149 @@ def mixed(source, tmp_path):
 
 def test_sources_are_mixed_by_weight_each_in_its_own_epochs(mixed):
   batches = loader.batches(
-    mixed, (3.0, 1.0), batch_size=4, sequence_length=8, seed=0
+    mixed, ((0, (3, 1)),), batch_size=4, sequence_length=8, seed=0
   )
   starts = np.concatenate([batches[n]['tokens'][:, 0] for n in range(96)])
   of_first, of_second = starts[starts < 100], starts[starts >= 100]
   assert (len(of_first), len(of_second)) == (288, 96)
   # The mixture holds all along, not only in the end.
   for n in range(0, 384, 16):
-    assert 10 <= np.count_nonzero(starts[n : n + 16] < 100) <= 14
+    assert np.count_nonzero(starts[n : n + 16] < 100) == 12
   # Whole epochs, one after the other, in changing orders: 12 and 4 windows.
   for rows, count in ((of_first, 12), (of_second, 4)):
     epochs = rows.reshape(-1, count)
     assert (np.sort(epochs, axis=1) == np.unique(rows)).all()
     assert len(np.unique(epochs, axis=0)) > len(epochs) // 3
-  assert loader.epochs(mixed, (3.0, 1.0), 384, 8) == [24, 24]
+  assert loader.epochs(mixed, ((0, (3, 1)),), 96, 4, 8) == [24, 24]
 
 
 def test_a_batch_of_a_mixture_is_a_function_of_seed_and_n(mixed):
   make = lambda rows: loader.batches(
-    mixed, (0.7, 0.3), batch_size=4, sequence_length=8, seed=5, rows=rows
+    mixed, ((0, (7, 3)),), batch_size=4, sequence_length=8, seed=5, rows=rows
   )
   whole, half = make(slice(None)), make(slice(2, 4))
   for n in (0, 17, 2**40):
     np.testing.assert_array_equal(half[n]['tokens'], whole[n]['tokens'][2:])
 
 
-def test_more_weights_than_sources_are_refused(source):
-  with pytest.raises(ValueError, match='1 sources have 2 weights'):
+def test_more_shares_than_sources_are_refused(source):
+  with pytest.raises(ValueError, match='1 sources have 2 shares'):
     loader.batches(
-      [source], (1.0, 1.0), batch_size=4, sequence_length=8, seed=0
+      [source], ((0, (1, 1)),), batch_size=4, sequence_length=8, seed=0
     )
+
+
+@pytest.fixture
+def three(mixed, source):
+  """The third has the tokens of the first: only its number tells it apart."""
+  return [*mixed, source]
+
+
+# Re-weighted at batch 3, when the third joins, and at 11.
+SCHEDULE = ((0, (2, 1, 0)), (3, (1, 3, 4)), (11, (0, 1, 0)), (12, (5, 4, 1)))
+
+
+def test_each_source_goes_on_from_its_position_when_weights_change(three):
+  """What it gives is what it would give alone, whoever comes between."""
+  make = lambda schedule: loader.batches(
+    three, schedule, batch_size=6, sequence_length=8, seed=3
+  )
+  mixture = Mixture(SCHEDULE, 6)
+  streams = [[], [], []]
+  for n in range(40):
+    for row, tokens in enumerate(make(SCHEDULE)[n]['tokens']):
+      streams[mixture.locate(6 * n + row)[0]].append(tokens[0])
+  assert [len(stream) for stream in streams] == mixture.counts(240)
+  for number, stream in enumerate(streams):
+    alone = make(((0, [int(i == number) for i in range(3)]),))
+    rows = [alone[n]['tokens'][:, 0] for n in range(len(stream) // 6 + 1)]
+    assert stream == np.concatenate(rows)[: len(stream)].tolist()
+  assert streams[0][:12] != streams[2][:12]
+  counts = loader.epochs(three, SCHEDULE, 40, 6, 8)
+  assert counts == [
+    len(s) / w for s, w in zip(streams, (12, 4, 12), strict=True)
+  ]
+
+
+def test_the_tokens_are_the_same_for_every_number_of_hosts(three):
+  """Also where the number changes on the way, as when a run is resumed."""
+
+  def digests(hosts: Callable[[int], int], steps: range) -> list[str]:
+    found = []
+    for n in steps:
+      share = 8 // hosts(n)
+      parts = [
+        loader.batches(
+          three, SCHEDULE, batch_size=8, sequence_length=8, seed=0,
+          rows=slice(h * share, (h + 1) * share),
+        )[n]['tokens']
+        for h in range(hosts(n))
+      ]  # fmt: skip
+      found.append(hashlib.sha256(np.concatenate(parts)).hexdigest())
+    return found
+
+  for steps in (range(20), range(2**40, 2**40 + 3)):
+    want = digests(lambda n: 1, steps)
+    assert len(set(want)) == len(want)
+    for hosts in (2, 4, 8):
+      assert digests(lambda n, hosts=hosts: hosts, steps) == want
+    assert digests(lambda n: (4, 2, 8, 1)[n // 3 % 4], steps) == want
+
+
+def test_few_arrays_are_open_at_once(tmp_path, monkeypatch):
+  monkeypatch.setattr(shards, '_OPEN', 4)
+  entries = [
+    shards.write_shard(
+      tmp_path, f'train/{i:05}', np.full(10, i, np.uint16), np.array([10]), 10
+    )
+    for i in range(20)
+  ]  # fmt: skip
+  manifest = shards.Manifest('none', 50, 49, 'uint16', {'train': entries}, {})
+  source = shards.TokenSource(tmp_path, manifest, 'train')
+  opened = []
+  monkeypatch.setattr(
+    ts, 'open', lambda *a, _open=ts.open, **k: (
+      opened.append(weakref.ref(future := _open(*a, **k))), future
+    )[1]
+  )  # fmt: skip
+  for start in range(0, 200, 10):
+    assert source.read(start, start + 10).tolist() == [start // 10] * 10
+  assert len(opened) == 20
+  assert sum(future() is not None for future in opened) <= 4
+  source.read(160, 200)
+  assert len(opened) == 20  # the last four are open still
+
+
+def test_what_is_waited_for_is_named_with_its_time(mixed, monkeypatch):
+  first, second = mixed
+  assert loader.waiting(mixed) == []
+  [stuck, done] = [ts.Promise.new(), ts.Promise.new()]
+  promises = iter([stuck[1], done[1], stuck[1]])
+  clock = [100.0]
+  monkeypatch.setattr(time, 'monotonic', lambda: clock[0])
+  monkeypatch.setattr(shards.ts, 'open', lambda *a, **k: next(promises))
+  readings = [s.steps(0, 9) for s in (first, second)] + [first.steps(33, 34)]
+  for clock[0], reading in zip((100.0, 102.0, 103.0), readings, strict=True):
+    next(reading)
+  clock[0] = 107.5
+  root, other = first.root, second.root
+  assert loader.waiting(mixed) == [
+    (f'{root}/train/00000.tokens.zarr3', 7.5),
+    (f'{other}/train/00000.tokens.zarr3', 5.5),
+    (f'{root}/train/00001.tokens.zarr3', 4.5),
+  ]
+  done[0].set_result(None)
+  assert len(loader.waiting(mixed)) == 2
+  for reading in readings:
+    reading.close()
+  assert loader.waiting(mixed) == []
+
+
+def test_a_shard_that_cannot_be_read_is_named(mixed):
+  file = mixed[1].root / 'train/00000.tokens.zarr3/c/0'
+  file.write_bytes(file.read_bytes()[:-1])
+  with pytest.raises(ValueError, match=r'/b/train/00000\.tokens\.zarr3: .*'):
+    loader.batches(
+      mixed, ((0, (1, 1)),), batch_size=4, sequence_length=8, seed=0
+    )[0]
+  assert loader.waiting(mixed) == []

@@ -1,7 +1,13 @@
 # SPDX-License-Identifier: Apache-2.0
 """Short runs of the drills, so that they stay fit for the long ones."""
 
-from tests.drills import kill_prepare, kill_training, lose_processes
+from tests.drills import (
+  kill_prepare,
+  kill_training,
+  lose_processes,
+  stop_bucket,
+  trillion_tokens,
+)
 
 
 def test_preparing_survives_kills(tmp_path):
@@ -21,3 +27,15 @@ def test_processes_survive_what_is_done_to_them(tmp_path):
   [row] = lose_processes.drills(['storm'], steps=50, folder=tmp_path)
   assert row['result'].endswith('digests equal')
   assert row['exit codes'] == '[143, 143]; [75, -9]; [143, 143]'
+
+
+def test_a_trillion_tokens_are_entered_anywhere(tmp_path):
+  said = trillion_tokens.drill(tmp_path, steps=2)
+  assert said.startswith('1,200,000,000,000 tokens in 17,881 shards: opened')
+
+
+def test_training_survives_a_bucket_that_stops(tmp_path):
+  said = stop_bucket.drill(
+    tmp_path, seconds=2, cases=stop_bucket.CASES[1:2], steps=60
+  )
+  assert said.endswith('60 losses and digests equal in each')

@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 
 from tests import tiny
-from tritera_jax.checkpoint import restore
+from tritera_jax.checkpoint import restore, save
 from tritera_jax.data import prepare
 from tritera_jax.parallel.mesh import MeshConfig
 from tritera_jax.train import loop, metrics
@@ -116,7 +116,7 @@ def test_a_loss_that_is_not_finite_stops_the_run_and_saves(tiny_data, tmp_path):
   assert said[0] == said[1]
   bad = int(re.search(r'at step (\d+)', said[0])[1])
   _, state = loop.restore_run(tmp_path / 'run')
-  assert int(state.step) == bad - 1 == restore.latest_step(tmp_path / 'run')
+  assert int(state.step) == bad - 1 == save.latest_step(tmp_path / 'run')
   assert all(np.isfinite(leaf).all() for leaf in jax.tree.leaves(state.params))
   assert all(r['step'] < bad for r in metrics.read(tmp_path / 'run'))
 
@@ -145,7 +145,7 @@ def test_a_signal_saves_and_stops_and_the_run_goes_on_to_the_same_bits(
       loop.train(experiment, quiet=True)
   assert e.value.number == number
   assert signal.getsignal(number) == handler
-  assert restore.latest_step(tmp_path / 'run') == 14
+  assert save.latest_step(tmp_path / 'run') == 14
   loop.train(experiment, quiet=True)
   _, got = restore.restore_params(tmp_path / 'run')
   _, want = restore.restore_params(tiny_run)

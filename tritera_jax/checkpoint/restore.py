@@ -194,14 +194,6 @@ def _free(path: Path) -> Path:
   return next(p for p in itertools.chain([path], numbered) if not p.exists())
 
 
-def latest_step(folder: str | Path) -> int | None:
-  """The newest committed step of a run folder; None if there is none."""
-  if not (Path(folder) / 'checkpoints').is_dir():
-    return None
-  with save.manager(Path(folder), alone=True) as checkpoints:
-    return checkpoints.latest_step()
-
-
 def restore_params(
   folder: str | Path, step: int | None = None
 ) -> tuple[Experiment, Params]:

@@ -9,7 +9,7 @@ of arrays, since not every flipped bit is noticed by what reads the files. Only
 this module and `restore` name Orbax.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 import contextlib
 import dataclasses
 import hashlib
@@ -218,26 +218,51 @@ def _not_saved(checkpoints: Manager, error: Exception) -> NotSavedError:
   )
 
 
-def write_experiment(experiment: Experiment, folder: Path):
+def write_experiment(
+  experiment: Experiment,
+  folder: Path,
+  sources: Sequence[str] = (),
+  done: int | None = None,
+):
   """Writes experiment.json, or checks the one that is there.
+
+  A mixture may change from the newest checkpoint on: the file is written
+  anew, with what stood there under 'before'.
+
+  Args:
+    experiment: what is about to be trained.
+    folder: the run's.
+    sources: fingerprints of its datasets' tokens; none: as they were.
+    done: the newest checkpoint is made from the batches below this; default:
+      as many as it has updates.
 
   Raises:
     ValueError: the folder belongs to another experiment; every differing
       field is named.
   """
   file = folder / 'experiment.json'
+  before = []
+  if done is None:
+    done = latest_step(folder) or 0
   if file.exists():
-    _check_same(read_experiment(folder), experiment, folder)
-    return
+    there, record = read_experiment(folder), json.loads(file.read_text())
+    was = record.get('sources', [])
+    sources = list(sources) or was
+    _check_same(there, experiment, folder, done)
+    _check_sources(was, sources, experiment, done)
+    if there.data.schedule == experiment.data.schedule and was == sources:
+      return
+    before = [*record.pop('before', []), record | {'until_batch': done}]
   folder.mkdir(parents=True, exist_ok=True)
   text = experiment_lib.to_json(experiment)
   record = {
     'experiment': json.loads(text),
     'digest': hashlib.sha256(text.encode()).hexdigest(),
+    'sources': list(sources),
     'commit': _git_commit(),
     'versions': {name: importlib.metadata.version(name) for name in _PACKAGES},
     'devices': f'{jax.device_count()} x {jax.devices()[0].device_kind}',
-  }
+  } | ({'before': before} if before else {})
   partial = file.with_suffix('.partial')
   partial.write_text(json.dumps(record, indent=2) + '\n')
   partial.rename(file)
@@ -262,18 +287,41 @@ def read_experiment(folder: str | Path) -> Experiment:
   return experiment_lib.from_json(json.dumps(record), str(file))
 
 
-def _check_same(old: Experiment, new: Experiment, folder: Path):
+def latest_step(folder: str | Path) -> int | None:
+  """The newest committed step of a run folder; None if there is none.
+
+  Without a manager, which all processes would have to open together.
+  """
+  checkpoints = Path(folder) / 'checkpoints'
+  if not checkpoints.is_dir():
+    return None
+  return max(ocp.utils.checkpoint_steps(checkpoints), default=None)
+
+
+def _check_same(old: Experiment, new: Experiment, folder: Path, done: int):
   # Of the run, what changes a result; never where data lie and on how many
-  # devices, how often to look or save, or how memory is spent.
+  # devices, how often to look or save, or how memory is spent. Of a mixture
+  # the shares, as far as they were used.
   free = {f'run.{field.name}' for field in dataclasses.fields(new.run)} - {
     'run.steps', 'run.seed',
-  } | {'data.path', 'data.max_epochs'}  # fmt: skip
+  } | {
+    'data.path', 'data.max_epochs', 'data.mixture', 'data.reweighted',
+  }  # fmt: skip
   differing = [
     difference
     for difference in differences(_fields(old), _fields(new))
     if not difference.startswith('mesh.')
     and difference.partition(':')[0] not in free
   ]
+  was, now = _used(old, done), _used(new, done)
+  if was != now:
+    first = min(step for step, _ in was ^ now)
+    differing.append(
+      f'data.mixture: batch {first} was drawn by other shares; of the {done} '
+      f'batches made, those by first batch are {dict(sorted(was))}, here '
+      f'{dict(sorted(now))}; new weights stand in data.reweighted, from step '
+      f'{done} on'
+    )
   if differing:
     raise ValueError(
       f'{folder} holds a run of another experiment ({"; ".join(differing)}); '
@@ -281,12 +329,35 @@ def _check_same(old: Experiment, new: Experiment, folder: Path):
     )
 
 
+def _check_sources(
+  was: Sequence[str], now: Sequence[str], experiment: Experiment, done: int
+):
+  stretches = [shares for _, shares in _used(experiment, done)]
+  used = {i for shares in stretches for i, x in enumerate(shares) if x}
+  paths = [path for path, _ in experiment.data.sources]
+  for i, (before, here) in enumerate(zip(was, now, strict=False)):
+    if i in used and before != here:
+      raise ValueError(
+        f'{paths[i]} has other tokens than dataset {i} of the {done} batches '
+        'that were made; give the one that was trained on'
+      )
+
+
+def _used(experiment: Experiment, done: int) -> set[tuple[int, tuple]]:
+  """The stretches of `DataConfig.schedule` that begin before batch `done`.
+
+  Without datasets at the end that had no share yet.
+  """
+  used = set()
+  for first, shares in experiment.data.schedule:
+    length = max(i + 1 for i, share in enumerate(shares) if share)
+    if first < done:
+      used.add((first, shares[:length]))
+  return used
+
+
 def _fields(experiment: Experiment) -> dict:
-  fields = json.loads(experiment_lib.to_json(experiment))
-  # Of a mixture the weights: its datasets may have moved, as data.path may.
-  mixture = fields['data'].get('mixture', [])
-  fields['data']['mixture'] = [weight for _, weight in mixture]
-  return fields
+  return json.loads(experiment_lib.to_json(experiment))
 
 
 def differences(there: dict, here: dict, prefix: str = '') -> list[str]:

@@ -1,26 +1,28 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Batches of token windows: batch n is a pure function of (seed, n).
+"""Batches of token windows: batch n is a function of (seed, schedule, n).
 
 Training windows are T+1 tokens that start every T, so that every token but
 the first is a target once an epoch. They cross documents, which end with the
 end-of-text token, and shards; the last tokens that fill no window are left
 out. (Whether attention crosses documents too is the model's to say:
 `ModelConfig.document_separator`.) Each epoch is shuffled anew. Several
-sources are interleaved by weight, each endless in its own epochs.
+sources are interleaved by weight, each endless in its own epochs
+(`mixture`). How many hosts read is no part of it.
 """
 
 from collections.abc import Iterator, Sequence
-import math
 import sys
-from typing import cast
 
 import grain
 from jaxtyping import Float, Int32
 import numpy as np
 
+from tritera_jax.data import mixture, shards
+from tritera_jax.data.mixture import Mixture, Schedule
 from tritera_jax.data.shards import TokenSource
 
 _READERS = 4  # threads: reading is latency, not work
+_ALONE: Schedule = ((0, (1,)),)  # of one source
 
 
 class _Batches:
@@ -29,32 +31,36 @@ class _Batches:
   def __init__(
     self,
     sources: Sequence[TokenSource],
-    order: grain.MapDataset,
+    rows_of: Mixture,
     batch_size: int,
     sequence_length: int,
+    seed: int,
     rows: range,
   ):
-    self.sources, self.order = sources, order
+    self.sources, self.mixture = sources, rows_of
     self.size, self.length = batch_size, sequence_length
-    self.rows = rows
+    self.seed, self.rows = seed, rows
+    self.counts = [_windows_in(source, sequence_length) for source in sources]
 
   def __len__(self) -> int:
-    return sys.maxsize // self.size
+    return sys.maxsize
 
   def __getitem__(self, index) -> dict[str, Int32[np.ndarray, 'b T1']]:
     first = int(index) * self.size
-    tokens = np.empty((len(self.rows), self.length + 1), np.int32)
-    for i, row in enumerate(self.rows):
-      # Grain types an element as perhaps filtered out; none is here.
-      source, window = cast(tuple[int, int], self.order[first + row])
+    ranges = []
+    for row in self.rows:
+      number, place = self.mixture.locate(first + row)
+      count = self.counts[number]
+      epoch, place = divmod(place, count)
+      window = mixture.shuffled(place, count, self.seed, number, epoch)
       start = window * self.length
-      tokens[i] = self.sources[source].read(start, start + self.length + 1)
-    return {'tokens': tokens}
+      ranges.append((self.sources[number], start, start + self.length + 1))
+    return {'tokens': np.stack(shards.read(ranges)).astype(np.int32)}
 
 
 def batches(
   sources: Sequence[TokenSource],
-  weights: Sequence[float] = (1.0,),
+  schedule: Schedule = _ALONE,
   *,
   batch_size: int,
   sequence_length: int,
@@ -68,10 +74,11 @@ def batches(
 
   Args:
     sources: the splits to read.
-    weights: the share of rows of each, up to a common factor.
+    schedule: `DataConfig.schedule`: the first batch, and the shares of rows
+      of each source, of every stretch of batches.
     batch_size: of the global batch, whatever `rows` is.
     sequence_length: T; a row is T + 1 tokens.
-    seed: of the order of windows.
+    seed: of the order of windows, from 0 to 2^64 - 1.
     rows: those of the global batch to read: a host's share. The others are
       not read.
 
@@ -87,33 +94,26 @@ def batches(
   chosen = range(batch_size)[rows]
   if not chosen:
     raise ValueError(f'rows={rows} are none of data.batch_size={batch_size}')
-  if len(sources) != len(weights):
-    raise ValueError(f'{len(sources)} sources have {len(weights)} weights')
-  orders = [
-    _order(source, number, sequence_length, seed)
-    for number, source in enumerate(sources)
-  ]
-  # Grain makes whole numbers of the weights, exact to about one in 100.
-  order = grain.MapDataset.mix(orders, list(weights))
-  return grain.MapDataset.source(
-    _Batches(sources, order, batch_size, sequence_length, chosen)
-  )
-
-
-def _order(
-  source: TokenSource, number: int, sequence_length: int, seed: int
-) -> grain.MapDataset:
-  """(number, window) of a source, epoch after epoch."""
-  count = _windows_in(source, sequence_length)
-  if count < 1:
+  if len(sources) != len(schedule[0][1]):
     raise ValueError(
-      f'data.sequence_length={sequence_length} needs at least '
-      f'{sequence_length + 1} tokens, but {source.root} has {source.tokens}'
+      f'{len(sources)} sources have {len(schedule[0][1])} shares'
     )
-  # Its own seed: sources of one length would be in step otherwise.
-  own = int(np.random.SeedSequence([seed, number]).generate_state(1)[0])
-  order = grain.MapDataset.range(count).seed(seed if number == 0 else own)
-  return order.shuffle().repeat().map(lambda window: (number, window))
+  for source in sources:
+    if _windows_in(source, sequence_length) < 1:
+      raise ValueError(
+        f'data.sequence_length={sequence_length} needs at least '
+        f'{sequence_length + 1} tokens, but {source.root} has {source.tokens}'
+      )
+  return grain.MapDataset.source(
+    _Batches(
+      sources,
+      Mixture(schedule, batch_size),
+      batch_size,
+      sequence_length,
+      seed,
+      chosen,
+    )
+  )
 
 
 def _windows_in(source: TokenSource, sequence_length: int) -> int:
@@ -122,15 +122,26 @@ def _windows_in(source: TokenSource, sequence_length: int) -> int:
 
 def epochs(
   sources: Sequence[TokenSource],
-  weights: Sequence[float],
-  rows: int,
+  schedule: Schedule,
+  steps: int,
+  batch_size: int,
   sequence_length: int,
 ) -> list[float]:
-  """How often each source is read in so many rows of batches."""
+  """How often each source is read in the first `steps` batches."""
+  counts = Mixture(schedule, batch_size).counts(steps * batch_size)
   return [
-    rows * weight / math.fsum(weights) / _windows_in(source, sequence_length)
-    for source, weight in zip(sources, weights, strict=True)
+    count / _windows_in(source, sequence_length)
+    for source, count in zip(sources, counts, strict=True)
   ]
+
+
+def waiting(sources: Sequence[TokenSource]) -> list[tuple[str, float]]:
+  """Shards that are being read and for how many seconds, the longest first.
+
+  From any thread, while others read.
+  """
+  found = [item for source in sources for item in source.waiting().items()]
+  return sorted(found, key=lambda item: -item[1])
 
 
 def iterate(
@@ -184,9 +195,3 @@ def windows(
   weights_WT = (index_WT < total).astype(np.float32)
   weights_WT[1:, : T - stride] = 0
   return text[index_WT], text[index_WT + 1], weights_WT
-
-
-def waiting(sources: Sequence[TokenSource]) -> list[tuple[str, float]]:
-  """STUB until data6 is merged."""
-  del sources
-  return []

@@ -18,11 +18,14 @@ file. Each chunk has a checksum, and all are stored: a damaged or missing one
 is an error, never zeros.
 """
 
+from collections.abc import Generator, Sequence
 import dataclasses
+import functools
 import hashlib
 import json
 from pathlib import Path
-from typing import Any
+import time
+from typing import Any, cast
 
 from jaxtyping import Integer
 import numpy as np
@@ -36,6 +39,9 @@ from tritera_jax.data import tokenizer as tokenizer_lib
 KIND, VERSION = 'tritera-tokens', 1
 _FILE, _CHUNK = 2**24, 2**14  # elements
 _CACHE_BYTES = 2**28
+# Arrays of a source kept open: some 7 KB each. To open one anew takes 0.1 ms on
+# a disk, of a bucket a request.
+_OPEN = 4096
 _CODECS = [
   {'name': 'bytes', 'configuration': {'endian': 'little'}},
   {'name': 'crc32c'},
@@ -96,8 +102,9 @@ def token_dtype(vocab_size: int) -> str:
   return 'uint16' if vocab_size <= 2**16 else 'uint32'
 
 
-def _write_array(root: str | Path, path: str, array: np.ndarray):
-  size = max(1, array.size)
+def create(root: str | Path, path: str, tokens: int, dtype: str):
+  """An array of the format, its chunks missing; its TensorStore."""
+  size = max(1, tokens)
   chunk = min(_CHUNK, size)
   file = min(_FILE, -(-size // chunk) * chunk)
   sharding = {
@@ -113,15 +120,19 @@ def _write_array(root: str | Path, path: str, array: np.ndarray):
     'metadata': {'chunk_grid': grid, 'codecs': [sharding]},
     'store_data_equal_to_fill_value': True,
   }
+  return ts.open(
+    spec,
+    create=True,
+    delete_existing=True,
+    dtype=dtype,
+    shape=[tokens],
+    context=storage.context(),
+  ).result()
+
+
+def _write_array(root: str | Path, path: str, array: np.ndarray):
   try:
-    ts.open(
-      spec,
-      create=True,
-      delete_existing=True,
-      dtype=array.dtype.name,
-      shape=array.shape,
-      context=storage.context(),
-    ).result().write(array).result()
+    create(root, path, array.size, array.dtype.name).write(array).result()
   except ValueError as error:
     raise OSError(
       f'{root}/{path} cannot be written: {storage.reason(error)}'
@@ -233,30 +244,34 @@ class TokenSource:
     )
     # Opened when first read: a large dataset has thousands, a bucket answers
     # slowly. Threads may open one twice, which is harmless.
-    self._arrays: dict[int, ts.TensorStore] = {}
+    self._opened = functools.lru_cache(_OPEN)(self._open)
+    # What is under way: (path of the shard, since when, its future).
+    self._pending: dict[object, tuple[str, float, ts.Future]] = {}
 
-  def _array(self, index: int) -> ts.TensorStore:
-    if index not in self._arrays:
-      self._arrays[index] = self._open(self.shards[index])
-    return self._arrays[index]
+  def _where(self, index: int) -> str:
+    return f'{self.root}/{self.shards[index].path}.tokens.zarr3'
 
-  def _open(self, shard: Shard) -> ts.TensorStore:
-    where = f'{self.root}/{shard.path}.tokens.zarr3'
+  def _open(self, index: int) -> ts.Future:
+    spec = _spec(self.root, f'{self.shards[index].path}.tokens.zarr3')
+    # A token array never changes: a cached chunk need not be asked again.
+    return ts.open(
+      spec | {'fill_missing_data_reads': False},
+      open=True,
+      read=True,
+      context=self._context,
+      recheck_cached_data=False,
+      recheck_cached_metadata=False,
+    )
+
+  def _array(self, index: int, opening: ts.Future) -> ts.TensorStore:
+    where = self._where(index)
     try:
-      spec = _spec(self.root, f'{shard.path}.tokens.zarr3')
-      # A token array never changes: a cached chunk need not be asked again.
-      array = ts.open(
-        spec | {'fill_missing_data_reads': False},
-        open=True,
-        read=True,
-        context=self._context,
-        recheck_cached_data=False,
-        recheck_cached_metadata=False,
-      ).result()
+      array = opening.result()
     except ValueError as error:
+      self._opened.cache_clear()  # it may be there the next time
       raise storage.unreadable(f'{where} cannot be opened', error) from None
     found = (array.dtype.name, array.shape)
-    wanted = (self.manifest.dtype, (shard.tokens,))
+    wanted = (self.manifest.dtype, (self.shards[index].tokens,))
     if found != wanted:
       raise ValueError(
         f'{where} is {found[0]}{list(found[1])}, the manifest says '
@@ -268,6 +283,12 @@ class TokenSource:
   def vocab_size(self) -> int:
     return self.manifest.vocab_size
 
+  @property
+  def fingerprint(self) -> str:
+    """SHA-256 of the shards' lengths and digests, wherever they lie."""
+    text = ''.join(f'{shard.tokens} {shard.sha256}\n' for shard in self.shards)
+    return hashlib.sha256(text.encode()).hexdigest()
+
   def read(self, start: int, stop: int) -> Integer[np.ndarray, ' n']:
     """Tokens start..stop-1 of the split, in the shards' dtype.
 
@@ -277,21 +298,36 @@ class TokenSource:
         vocabulary.
       OSError: it cannot be read.
     """
-    if not 0 <= start <= stop <= self.tokens:
-      raise IndexError(
-        f'tokens {start}..{stop} of a split of {self.tokens} tokens'
-      )
+    return read([(self, start, stop)])[0]
+
+  def steps(self, start: int, stop: int) -> Generator[np.ndarray | None]:
+    """`read` in three steps: arrays asked for, tokens asked for, tokens."""
     index = int(np.searchsorted(self._starts, start, 'right')) - 1
-    parts = []
+    pieces = []  # of one shard each: (its index, first, last + 1)
     while index < len(self.shards) and self._starts[index] < stop:
       begin, end = map(int, self._starts[index : index + 2])
-      low, high = max(start, begin) - begin, min(stop, end) - begin
-      parts.append(self._array(index)[low:high].read())
+      pieces.append((index, max(start, begin) - begin, min(stop, end) - begin))
       index += 1
+    keys = [object() for _ in pieces]
     try:
-      parts = [part.result() for part in parts]
-    except ValueError as error:
-      raise storage.unreadable(str(self.root), error) from None
+      opening = [self._opened(index) for index, _, _ in pieces]
+      self._note(keys, pieces, opening)
+      yield
+      reading = [
+        self._array(index, array)[low:high].read()
+        for (index, low, high), array in zip(pieces, opening, strict=True)
+      ]
+      self._note(keys, pieces, reading)
+      yield
+      parts = []
+      for (index, _, _), part in zip(pieces, reading, strict=True):
+        try:
+          parts.append(part.result())
+        except ValueError as error:
+          raise storage.unreadable(self._where(index), error) from None
+    finally:
+      for key in keys:
+        self._pending.pop(key, None)
     tokens = (
       np.concatenate(parts) if parts else np.zeros(0, self.manifest.dtype)
     )
@@ -301,7 +337,23 @@ class TokenSource:
         f'id {tokens.max()}, past the vocabulary of {self.vocab_size}; the '
         'dataset is damaged: prepare again'
       )
-    return tokens
+    yield tokens
+
+  def _note(self, keys, pieces, futures):
+    now = time.monotonic()
+    for key, (index, _, _), future in zip(keys, pieces, futures, strict=True):
+      self._pending[key] = (self._where(index), now, future)
+
+  def waiting(self) -> dict[str, float]:
+    """Arrays that are asked for and have not come, and for how many seconds.
+
+    From any thread, while others read.
+    """
+    now, found = time.monotonic(), {}
+    for path, since, future in self._pending.copy().values():
+      if not future.done():
+        found[path] = max(now - since, found.get(path, 0.0))
+    return found
 
   def verify(self):
     """Reads every token against the digests and the vocabulary.
@@ -317,6 +369,28 @@ class TokenSource:
           f'{self.root}/{shard.path} does not match its digest; the dataset '
           'is damaged: prepare again'
         )
+
+
+def read(
+  ranges: Sequence[tuple[TokenSource, int, int]],
+) -> list[Integer[np.ndarray, ' n']]:
+  """`source.read(start, stop)` of each, all asked for before one is awaited.
+
+  Raises:
+    as `TokenSource.read`.
+  """
+  for source, start, stop in ranges:
+    if not 0 <= start <= stop <= source.tokens:
+      raise IndexError(
+        f'tokens {start}..{stop} of a split of {source.tokens} tokens'
+      )
+  readings = [source.steps(start, stop) for source, start, stop in ranges]
+  try:
+    *_, tokens = ([next(r) for r in readings] for _ in range(3))
+    return cast(list[np.ndarray], tokens)
+  finally:
+    for reading in readings:
+      reading.close()
 
 
 def open_split(root: str | Path, split: str) -> TokenSource:

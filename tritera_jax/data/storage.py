@@ -16,6 +16,15 @@ import tensorstore as ts
 # after 1, 2, 4, ... 32 s: here for about three minutes, by default for
 # fifteen, silently.
 _RETRIES = {'max_retries': 10, 'initial_delay': '1s', 'max_delay': '32s'}
+# A request whose answer never comes, because the server or the way to it is
+# gone, counts as unanswered after 30 s without a byte; by default TensorStore
+# waits as long as TCP does, half an hour (google/tensorstore#291).
+for _name, _value in (
+  ('CONNECT_TIMEOUT_SECONDS', '30'),
+  ('LOW_SPEED_TIME_SECONDS', '30'),
+  ('LOW_SPEED_LIMIT_BYTES', '1'),
+):
+  os.environ.setdefault(f'TENSORSTORE_CURL_{_name}', _value)
 
 
 def context(**resources) -> ts.Context:

@@ -62,9 +62,11 @@ def train(experiment: Experiment, *, quiet: bool = False) -> step.TrainState:
       update = step.jitted(experiment, mesh, votes=jax.process_count() > 1)
 
       def open_folder():
-        save.write_experiment(experiment, folder)
+        done = recovery.trained_below(folder)
+        prints = [source.fingerprint for source in sources]
+        save.write_experiment(experiment, folder, prints, done)
         tokenizer.save(str(folder / 'tokenizer.json'))
-        recovery.record_named(folder, run.skip, restore.latest_step(folder))
+        recovery.record_named(folder, run.skip, done)
 
       processes.first_alone(open_folder)
       while True:
@@ -90,7 +92,7 @@ class _Attempt:
     )
     self.batches = loader.batches(
       sources,
-      [weight for _, weight in data.sources],
+      data.schedule,
       batch_size=data.batch_size,
       sequence_length=data.sequence_length,
       seed=data.seed,
@@ -280,14 +282,13 @@ def _open_sources(experiment: Experiment) -> Sequence[shards.TokenSource]:
         f'the tokenizers of {source.root} and {data.path} differ; prepare one '
         f"with the other's: --tokenizer {data.path}/tokenizer.json"
       )
-  weights = [weight for _, weight in data.sources]
-  rows = experiment.run.steps * data.batch_size
-  epochs = loader.epochs(sources, weights, rows, data.sequence_length)
+  steps, B, T = experiment.run.steps, data.batch_size, data.sequence_length
+  epochs = loader.epochs(sources, data.schedule, steps, B, T)
   for source, count in zip(sources, epochs, strict=True):
     if data.max_epochs and count > data.max_epochs:
       raise ValueError(
-        f'{source.root} would be read {count:.2f} times in {rows:,} windows, '
-        f'more than data.max_epochs={data.max_epochs:g}; lower run.steps or '
-        'its weight, or give more data'
+        f'{source.root} would be read {count:.2f} times in {steps * B:,} '
+        f'windows, more than data.max_epochs={data.max_epochs:g}; lower '
+        'run.steps or its weight, or give more data'
       )
   return sources

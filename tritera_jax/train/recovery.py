@@ -119,15 +119,18 @@ def _write(folder: Path, skipped: Iterable[Skipped]):
   partial.rename(folder / _FILE)
 
 
-def record_named(
-  folder: Path, ranges: Sequence[tuple[int, int]], newest: int | None
-):
+def trained_below(folder: Path) -> int:
+  """One past the last batch that the newest checkpoint is made from."""
+  return _trained_below(save.latest_step(folder) or 0, read(folder))
+
+
+def record_named(folder: Path, ranges: Sequence[tuple[int, int]], done: int):
   """Records the ranges that a user named and that are not recorded yet.
 
   Args:
     folder: the run's.
     ranges: first batch and one past the last of each.
-    newest: step of the newest checkpoint; None if there is none.
+    done: as of `trained_below`.
 
   Raises:
     ValueError: a range begins among the batches that were trained on.
@@ -137,15 +140,14 @@ def record_named(
   new = [named for named in ranges if tuple(named) not in known]
   if not new:
     return
-  done = _trained_below(newest or 0, skipped)
   for first, stop in new:
     if first < done:
       raise ValueError(
-        f'run.skip={first} {stop}: the batches below {done} are trained on in '
-        f'checkpoint {newest} of {folder}; name later ones, or move the '
+        f'run.skip={first} {stop}: the newest checkpoint of {folder} is made '
+        f'from the batches below {done}; name later ones, or move the '
         f'checkpoints past batch {first} out of {folder}/checkpoints first'
       )
-  why = f'named by run.skip at checkpoint {newest}'
+  why = f'named by run.skip after batch {done}'
   _write(folder, skipped + [Skipped(*named, why, _now()) for named in new])
 
 
