@@ -1,0 +1,136 @@
+# SPDX-License-Identifier: Apache-2.0
+"""How the shards of a weight matrix are gathered where they are used.
+
+Under FSDP each device keeps a slice of every matrix, and each pass needs the
+whole of it. 'auto' leaves it to XLA what travels: the codes as float32 on
+CPUs, as int8 on TPUs (jax 0.11.2). The others say it:
+
+  bfloat16   2 bytes a weight: FloatLM's gather, and what 'two_bit' is held
+             against
+  two_bit    4 codes a byte; they are unpacked on arrival
+
+Quantising comes before and is the same for all: each device quantises its
+shard, and the exact mean (`ternary.quantize`) is a sum over the devices, so
+that codes, scales and results do not depend on how they travel. A scale is
+that sum, and is on every device without being gathered.
+
+What is kept for the backward pass is the shard as it is sent, and it is
+gathered again there: for a ternary matrix of P weights on n devices P / 4n
+bytes, where 'auto' keeps P / n.
+"""
+
+import dataclasses
+from typing import Literal
+
+import jax
+from jax import lax
+import jax.numpy as jnp
+from jax.sharding import PartitionSpec
+from jaxtyping import Array, Float, Int8, Shaped, UInt8
+
+from tritera_jax.parallel import rules
+from tritera_kernels.formats import two_bit
+
+Gather = Literal['auto', 'bfloat16', 'two_bit']
+
+
+@dataclasses.dataclass(frozen=True)
+class Exchange:
+  """The way of one matrix, whose `dimension` is split over the axes `over`.
+
+  Attributes:
+    kind: see the module.
+    split: of the matrix as its devices keep it.
+    whole: of the matrix where it is used.
+    dimension: that is gathered, 0 or 1.
+    over: mesh axes.
+  """
+
+  kind: Gather
+  split: PartitionSpec
+  whole: PartitionSpec
+  dimension: int
+  over: tuple[str, ...]
+
+  def pack(
+    self, matrix_KN: Int8[Array, 'K N'] | Float[Array, 'K N']
+  ) -> Shaped[Array, 'k n']:
+    """What a device keeps and sends of its shard.
+
+    Codes are packed along the dimension that is not gathered, each device's
+    share of it to whole bytes.
+    """
+    if self.kind == 'bfloat16':
+      return matrix_KN.astype(jnp.bfloat16)
+    return jax.shard_map(
+      lambda codes_kn: _bytes(codes_kn, 1 - self.dimension),
+      in_specs=self.split,
+      out_specs=self.split,
+      check_vma=False,  # nothing is differentiated through it
+    )(matrix_KN)
+
+  def gather(
+    self, packed_kn: Shaped[Array, 'k n'], shape: tuple[int, int]
+  ) -> Int8[Array, 'K N'] | Float[Array, 'K N']:
+    """The matrix of that shape, whole on each device along `dimension`."""
+
+    def local(packed_kn):
+      if self.kind == 'bfloat16':
+        # As integers: XLA widens a bfloat16 gather to float32 on CPUs.
+        bits_kn = lax.bitcast_convert_type(packed_kn, jnp.uint16)
+        bits_Kn = self._all(bits_kn)
+        return lax.bitcast_convert_type(bits_Kn, jnp.bfloat16)
+      return _codes(self._all(packed_kn), 1 - self.dimension, length)
+
+    length = shape[1 - self.dimension]
+    split_over = self.whole[1 - self.dimension]
+    if split_over is not None:
+      sizes = jax.sharding.get_abstract_mesh().shape
+      for axis in _names(split_over):
+        length //= sizes[axis]
+    return jax.shard_map(
+      local, in_specs=self.split, out_specs=self.whole, check_vma=False
+    )(packed_kn)
+
+  def _all(self, shard_kn):
+    return lax.all_gather(shard_kn, self.over, axis=self.dimension, tiled=True)
+
+
+def exchange(kind: Gather, axes: tuple[str, str]) -> Exchange | None:
+  """The way of a matrix with these logical axes; None: XLA's.
+
+  It is XLA's too where there is no mesh, or one that does not split it.
+  """
+  mesh = jax.sharding.get_abstract_mesh()
+  if kind == 'auto' or mesh.empty:
+    return None
+  split = rules.spec(axes)
+  dimension = axes.index('embed')
+  over = _names(split[dimension])
+  if all(mesh.shape[axis] == 1 for axis in over):
+    return None
+  whole = rules.spec(tuple(axis if axis != 'embed' else None for axis in axes))
+  return Exchange(kind, split, whole, dimension, over)
+
+
+def _names(entry) -> tuple[str, ...]:
+  """The mesh axes of one entry of a PartitionSpec."""
+  return entry if isinstance(entry, tuple) else (entry,) if entry else ()
+
+
+def _bytes(
+  codes_kn: Int8[Array, 'k n'], axis: int
+) -> UInt8[Array, 'k_bytes n_bytes']:
+  """Packed planes of a shard along `axis`, padded with zeros to fill them."""
+  missing = -codes_kn.shape[axis] % two_bit.CODES_PER_BYTE
+  padding = [(0, missing if axis == n else 0) for n in range(2)]
+  planes = jnp.split(jnp.pad(codes_kn, padding), two_bit.CODES_PER_BYTE, axis)
+  return two_bit.pack_planes(jnp.stack(planes).astype(jnp.int32) + 1)
+
+
+def _codes(
+  packed_kn: UInt8[Array, 'k_bytes n_bytes'], axis: int, length: int
+) -> Int8[Array, 'k n']:
+  """The `length` codes along `axis` that `_bytes` packed."""
+  planes = [plane.astype(jnp.int8) for plane in two_bit.decode_tile(packed_kn)]
+  return lax.slice_in_dim(jnp.concatenate(planes, axis), 0, length, axis=axis)
