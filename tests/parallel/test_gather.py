@@ -36,9 +36,12 @@ def bytes_by_hand(codes_kn, axis):
 @pytest.mark.parametrize('config', MESHES.values(), ids=MESHES)
 # A device has whole bytes of the one, and of the other 10 codes or 5.
 @pytest.mark.parametrize('shape', [(48, 32), (40, 40)])
+# 8 devices in one stage, or four and two.
+@pytest.mark.parametrize('ring', [16, 4])
 def test_codes_are_packed_where_they_lie_and_arrive_everywhere(
-  axes, config, shape
+  axes, config, shape, ring, monkeypatch
 ):
+  monkeypatch.setattr(gather, 'RING', ring)
   codes = np.random.default_rng(0).integers(-1, 2, shape, np.int8)
   mesh = mesh_lib.make_mesh(config)
   with jax.set_mesh(mesh):
@@ -110,7 +113,11 @@ def test_a_layer_multiplies_the_papers_matrix_and_derives_its(
     np.testing.assert_allclose(got, wanted, rtol=0, atol=bound)
 
 
-def test_a_float_layer_gathers_bfloat16_and_derives_as_without():
+@pytest.mark.parametrize('ring', [16, 4])
+def test_a_float_layer_gathers_bfloat16_and_derives_as_without(
+  ring, monkeypatch
+):
+  monkeypatch.setattr(gather, 'RING', ring)
   rng = np.random.default_rng(2)
   w_KN = rng.standard_normal((32, 16)).astype(np.float32)
   x, dy = (
@@ -131,10 +138,15 @@ def test_a_float_layer_gathers_bfloat16_and_derives_as_without():
       .compile()
     )
     dx, dw = program(*jax.device_put((x, w_KN, dy), (*placed, placed[0])))
-  gathers = [one for one in collectives.of(program) if one.op == 'all-gather']
-  assert [(one.results[0].dtype, one.bytes) for one in gathers] == [
-    ('u16', 2 * 32 * 16 * 7 // 8)
-  ]
+  found = collectives.of(program)
+  assert {(one.op, one.results[0].dtype) for one in found} == {
+    ('all-gather', 'u16'),
+    ('reduce-scatter', 'f32'),
+  }
+  assert collectives.bytes_per_device(found) == {
+    'all-gather': 2 * 32 * 16 * 7 // 8,
+    'reduce-scatter': 4 * 32 * 16 * 7 // 8,
+  }
   _, pullback = jax.vjp(lambda x, w: x @ w.astype(x.dtype), x, w_KN)
   for got, want in zip((dx, dw), pullback(dy), strict=True):
     assert got.dtype == want.dtype

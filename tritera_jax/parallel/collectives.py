@@ -149,14 +149,29 @@ class _Program:
     self.devices = math.prod(int(size[1]) for size in sizes if size)
 
   def found(self) -> Iterator[Collective]:
-    yield from self._inside(self.entry, 1)
+    chains: dict[str, Collective] = {}
+    for chain, one in self._inside(self.entry, 1):
+      if not chain:
+        yield one
+      elif chain not in chains or one.times < chains[chain].times:
+        chains[chain] = one
+    yield from chains.values()
 
-  def _inside(self, computation: str, times: int) -> Iterator[Collective]:
-    chains = set()
+  def _inside(
+    self, computation: str, times: int
+  ) -> Iterator[tuple[str, Collective]]:
+    """(chain, collective), with '' for what is none.
+
+    TPUs run an asynchronous collective as a chain of fusions, each of which
+    names it again: it counts once, and as often as its start, for those in
+    between may lie in a loop that it goes along with.
+    """
     for instruction in self.computations[computation]:
       op = instruction.opcode.removesuffix('-start')
       if op in OPS:
-        yield self._collective(op, instruction, times)
+        chain = re.search(r'chain_id="(\w+)"', instruction.rest)
+        one = self._collective(op, instruction, times)
+        yield chain[1] if chain else '', one
       elif instruction.opcode in ('async-done', 'async-update'):
         continue  # they name what their start has named
       elif instruction.opcode == 'while':
@@ -167,35 +182,17 @@ class _Program:
         ]
         if inside:
           trips = self._trips(computation, instruction)
-          yield from (one._replace(times=one.times * trips) for one in inside)
-      elif instruction.opcode == 'fusion':
-        yield from self._fused(instruction, times, chains)
+          for chain, one in inside:
+            yield chain, one._replace(times=one.times * trips)
       else:
+        fused = instruction.opcode == 'fusion'
         for name in instruction.called:
-          yield from self._inside(name, times)
-
-  def _fused(self, fusion, times, chains: set[str]) -> Iterator[Collective]:
-    """TPUs have two kinds of fusion around a collective.
-
-    A reduce-scatter is an all-reduce and a slice of it. An asynchronous one is
-    a chain of fusions, which each name it again: it counts once.
-    """
-    (name,) = fusion.called
-    for instruction in self.computations[name]:
-      op = instruction.opcode.removesuffix('-start')
-      if op in OPS:
-        chain = re.search(r'chain_id="\w+"', instruction.rest)
-        if chain and chain[0] in chains:
-          continue
-        if chain:
-          chains.add(chain[0])
-        one = self._collective(op, instruction, times)
-        if name.startswith('all-reduce-scatter'):
-          results = _shapes(fusion.type)
-          one = one._replace(op='reduce-scatter', results=results)
-        yield one
-      elif instruction.opcode == 'fusion':
-        yield from self._fused(instruction, times, chains)
+          for chain, one in self._inside(name, times):
+            # And a TPU's reduce-scatter is a sum and a slice of it.
+            if fused and name.startswith('all-reduce-scatter'):
+              results = _shapes(instruction.type)
+              one = one._replace(op='reduce-scatter', results=results)
+            yield chain, one
 
   def _collective(self, op, instruction, times) -> Collective:
     type = instruction.type

@@ -20,18 +20,26 @@ bytes, where 'auto' keeps P / n.
 """
 
 import dataclasses
+import math
 from typing import Literal
 
 import jax
 from jax import lax
 import jax.numpy as jnp
 from jax.sharding import PartitionSpec
-from jaxtyping import Array, Float, Int8, Shaped, UInt8
+from jaxtyping import Array, Float, Float32, Int8, Shaped, UInt8
+import numpy as np
 
 from tritera_jax.parallel import rules
 from tritera_kernels.formats import two_bit
 
 Gather = Literal['auto', 'bfloat16', 'two_bit']
+
+# Devices in a ring. Over more, matrices go round in two stages, the sides of a
+# torus: as many bytes, in fewer hops. (Over 256 in one stage, a TPU's compiler
+# makes of a gather of some 16 MB or less, and of every reduce-scatter, a sum
+# over all of them of twice the bytes.)
+RING = 16
 
 
 @dataclasses.dataclass(frozen=True)
@@ -92,8 +100,61 @@ class Exchange:
       local, in_specs=self.split, out_specs=self.whole, check_vma=False
     )(packed_kn)
 
+  def product(
+    self, x: Float[Array, '*tokens K'], g: Float[Array, '*tokens N']
+  ) -> Float32[Array, 'K N']:
+    """x^T g, the matrix's gradient, summed over tokens into its shards.
+
+    It says that the sum is scattered: XLA sums the whole on every device,
+    which is twice the traffic, where it has no reduce-scatter (CPUs) or where
+    shards are no multiple of its tiles (TPUs).
+    """
+    dimensions = tuple(range(x.ndim - 1))
+    tokens = ('batch', 'sequence')[: x.ndim - 1]
+    sizes = jax.sharding.get_abstract_mesh().shape
+    rest = tuple(
+      name
+      for axis in rules.spec(tokens)
+      for name in _names(axis)
+      if name not in self.over and sizes[name] > 1
+    )
+
+    def local(x, g):
+      dw_KN = lax.dot_general(
+        x,
+        g,
+        ((dimensions, dimensions), ((), ())),
+        preferred_element_type=jnp.float32,
+      )
+      for axis, groups in reversed(_stages(self.over)):
+        dw_KN = lax.psum_scatter(
+          dw_KN,
+          axis,
+          scatter_dimension=self.dimension,
+          axis_index_groups=groups,
+          tiled=True,
+        )
+      return lax.psum(dw_KN, rest) if rest else dw_KN
+
+    return jax.shard_map(
+      local,
+      in_specs=tuple(
+        PartitionSpec(*rules.spec(tokens), axis) for axis in self.whole
+      ),
+      out_specs=self.split,
+      check_vma=False,
+    )(x, g)
+
   def _all(self, shard_kn):
-    return lax.all_gather(shard_kn, self.over, axis=self.dimension, tiled=True)
+    for axis, groups in _stages(self.over):
+      shard_kn = lax.all_gather(
+        shard_kn,
+        axis,
+        axis=self.dimension,
+        axis_index_groups=groups,
+        tiled=True,
+      )
+    return shard_kn
 
 
 def exchange(kind: Gather, axes: tuple[str, str]) -> Exchange | None:
@@ -116,6 +177,25 @@ def exchange(kind: Gather, axes: tuple[str, str]) -> Exchange | None:
 def _names(entry) -> tuple[str, ...]:
   """The mesh axes of one entry of a PartitionSpec."""
   return entry if isinstance(entry, tuple) else (entry,) if entry else ()
+
+
+def _stages(
+  over: tuple[str, ...],
+) -> list[tuple[str, list[list[int]] | None]]:
+  """(mesh axis, groups of its devices) of the gathers one after the other."""
+  sizes = jax.sharding.get_abstract_mesh().shape
+  stages = []
+  for axis in reversed(over):  # neighbours' shards join first
+    n = sizes[axis]
+    outer = 1
+    if n > RING:
+      outer = max(a for a in range(1, math.isqrt(n) + 1) if n % a == 0)
+    if outer == 1:
+      stages.append((axis, None))
+      continue
+    number = np.arange(n).reshape(outer, -1)
+    stages += [(axis, number.tolist()), (axis, number.T.tolist())]
+  return stages
 
 
 def _bytes(

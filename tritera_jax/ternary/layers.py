@@ -34,6 +34,10 @@ class Exchange(Protocol):
     """The matrix."""
     ...
 
+  def product(self, x_MK: Array, g_MN: Array) -> Array:
+    """x^T g, summed over every device's tokens: its own share of it."""
+    ...
+
 
 def _dot(a, b, contract_a: int, contract_b: int, dtype) -> jax.Array:
   return jax.lax.dot_general(
@@ -71,7 +75,7 @@ def _backward(family, blocks, axis, exchange, residuals, g_MN):
   del family, blocks
   x_MK, codes_KN, scale_S = residuals
   if exchange is not None:
-    codes_KN = exchange.gather(codes_KN, (x_MK.shape[1], g_MN.shape[1]))
+    codes_KN = exchange.gather(codes_KN, (x_MK.shape[-1], g_MN.shape[-1]))
   codes_KN = codes_KN.astype(x_MK.dtype)
   if axis == 'out':
     scale_N = quantize.per_entry(scale_S, codes_KN.shape[1])
@@ -80,7 +84,10 @@ def _backward(family, blocks, axis, exchange, residuals, g_MN):
   else:
     scale_K = quantize.per_entry(scale_S, codes_KN.shape[0])
     dx_MK = _dot(g_MN, codes_KN, 1, 1, jnp.float32) * scale_K
-  dw_KN = _dot(x_MK, g_MN, 0, 0, jnp.float32)
+  if exchange is None:
+    dw_KN = _dot(x_MK, g_MN, 0, 0, jnp.float32)
+  else:
+    dw_KN = exchange.product(x_MK, g_MN)
   return dx_MK.astype(x_MK.dtype), dw_KN
 
 
@@ -103,9 +110,8 @@ def _made_whole(x_MK, w_KN, exchange):
 
 def _float_backward(exchange, residuals, g_MN):
   x_MK, w_KN = residuals
-  _, pullback = jax.vjp(jnp.dot, x_MK, _made_whole(x_MK, w_KN, exchange))
-  dx_MK, dw_KN = pullback(g_MN)
-  return dx_MK, dw_KN.astype(w_KN.dtype)
+  whole_KN = _made_whole(x_MK, w_KN, exchange)
+  return g_MN @ whole_KN.T, exchange.product(x_MK, g_MN)
 
 
 _float_matmul.defvjp(_float_forward, _float_backward)
