@@ -138,8 +138,8 @@ def small(rows: int, kind: Gather) -> Experiment:
   """What two cores update in a second, with a batch that costs them little."""
   base = sweep()[kind]
   model = dataclasses.replace(
-    base.model, vocab_size=1000, layers=4, d_model=768, d_ff=2304, heads=6,
-    context_length=16, scale_blocks=6,
+    base.model, vocab_size=1000, layers=4, d_model=384, d_ff=1152, heads=3,
+    kv_heads=3, context_length=16,
   )  # fmt: skip
   data = dataclasses.replace(base.data, batch_size=rows, sequence_length=16)
   return dataclasses.replace(base, model=model, data=data)
