@@ -215,14 +215,13 @@ class _Program:
     known = re.search(r'"known_trip_count":\{"n":"(\d+)"', loop.rest)
     if known:
       return int(known[1])
-    condition = re.search(r'condition=%?([\w.\-]+)', loop.rest)
-    if condition:
-      bound = self._bound(condition[1])
-      if bound:
-        index, last = bound
-        first = self._constant(computation, loop.operands[0], index)
-        if first is not None:
-          return max(last - first, 0)
+    names = re.findall(r'(?:condition|body)=%?([\w.\-]+)', loop.rest)
+    if bound := self._bound(names[0]):
+      index, last = bound
+      first = self._constant(computation, loop.operands[0], index)
+      step = self._step(names[1], index)
+      if first is not None and step:
+        return max(-(-(last - first) // step), 0)
     raise ValueError(
       f'the loop {loop.name} holds collectives, but the compiled program does '
       'not say how often it runs; give it a fixed number of iterations '
@@ -230,8 +229,7 @@ class _Program:
     )
 
   def _bound(self, condition: str) -> tuple[int, int] | None:
-    """(index, bound) of a condition state[index] < bound: JAX's counted loops,
-    whose counters go by one."""
+    """(index, bound) of a condition state[index] < bound."""
     body = {one.name: one for one in self.computations[condition]}
     root = self.computations[condition][-1]
     if root.opcode != 'compare' or 'direction=LT' not in root.rest:
@@ -256,6 +254,33 @@ class _Program:
       return None
     value = re.match(r'\((-?\d+)\)', one.rest)
     return int(value[1]) if value else None
+
+  def _step(self, body: str, index: int) -> int | None:
+    """What an iteration adds to element `index` of the state.
+
+    One, but where the compiler has put several iterations into one.
+    """
+    instructions = {one.name: one for one in self.computations[body]}
+    root, step = self.computations[body][-1], 0
+    if root.opcode != 'tuple':
+      return None
+    one = instructions.get(root.operands[index])
+    while one is not None:
+      if one.opcode == 'get-tuple-element':
+        return step if f'index={index},' in one.rest + ',' else None
+      if one.opcode == 'add':
+        left, right = (instructions.get(name) for name in one.operands)
+        if left is not None and left.opcode == 'constant':
+          left, right = right, left
+        value = re.match(r'\((-?\d+)\)', right.rest) if right else None
+        if value is None:
+          return None
+        step, one = step + int(value[1]), left
+      elif one.opcode in ('copy', 'bitcast'):
+        one = instructions.get(one.operands[0])
+      else:
+        return None
+    return None
 
 
 def _closing(text: str, start: int) -> int:

@@ -26,15 +26,15 @@ from tritera_jax.ternary.quantize import Family, ScaleAxis
 class Exchange(Protocol):
   """How devices that share a matrix make it whole; `parallel.gather`'s."""
 
-  def pack(self, matrix_KN: Array) -> Array:
+  def pack(self, matrix_KN: Array, /) -> Array:
     """What is sent of it, and kept for the backward pass."""
     ...
 
-  def gather(self, packed_kn: Array, shape: tuple[int, int]) -> Array:
+  def gather(self, packed_kn: Array, shape: tuple[int, int], /) -> Array:
     """The matrix."""
     ...
 
-  def product(self, x_MK: Array, g_MN: Array) -> Array:
+  def product(self, x_MK: Array, g_MN: Array, /) -> Array:
     """x^T g, summed over every device's tokens: its own share of it."""
     ...
 
