@@ -141,9 +141,9 @@ class RunConfig:
       less memory, the same update.
     remat: what the backward pass computes again, to save memory: 'none',
       'dots' (all but matmuls' results) or 'block' (everything).
-    gather: how devices that share a matrix (mesh.fsdp) make it whole: 'auto' as
-      XLA decides, 'bfloat16' or 'two_bit', which is 8 times less traffic for
-      4 codes to pack and unpack a byte. The results are the same.
+    gather: how devices that share matrices (mesh.fsdp) make them whole: 'auto'
+      as XLA decides, 'bfloat16', or 'two_bit': an eighth of its traffic, for
+      packing and unpacking the codes in each pass. Results are the same.
     loss_chunk: most tokens of a device whose logits exist at once in training;
       0: all of them, and XLA's own derivative.
     tensorboard: also write metrics for TensorBoard to FOLDER/tensorboard.

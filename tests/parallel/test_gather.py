@@ -28,7 +28,8 @@ def bytes_by_hand(codes_kn, axis):
   P = -(-len(codes) // 4)
   filled = np.zeros((4 * P, *codes.shape[1:]), int)
   filled[: len(codes)] = codes
-  packed = sum((filled[j * P : (j + 1) * P] + 1) * 4**j for j in range(4))
+  packed = np.tensordot(4 ** np.arange(4), filled.reshape(4, P, -1) + 1, 1)
+  packed = packed.reshape(P, *codes.shape[1:])
   return np.moveaxis(packed, 0, axis).astype(np.uint8)
 
 

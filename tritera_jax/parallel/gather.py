@@ -2,8 +2,9 @@
 """How the shards of a weight matrix are gathered where they are used.
 
 Under FSDP each device keeps a slice of every matrix, and each pass needs the
-whole of it. 'auto' leaves it to XLA what travels: the codes as float32 on
-CPUs, as int8 on TPUs (jax 0.11.2). The others say it:
+whole of it. 'auto' leaves it to XLA what travels: with jax 0.11.2 the codes as
+float32 on CPUs, as int8 on GPUs and TPUs, up to three times where blocks are
+computed again. The others say it:
 
   bfloat16   2 bytes a weight: FloatLM's gather, and what 'two_bit' is held
              against
@@ -14,9 +15,11 @@ shard, and the exact mean (`ternary.quantize`) is a sum over the devices, so
 that codes, scales and results do not depend on how they travel. A scale is
 that sum, and is on every device without being gathered.
 
-What is kept for the backward pass is the shard as it is sent, and it is
-gathered again there: for a ternary matrix of P weights on n devices P / 4n
-bytes, where 'auto' keeps P / n.
+What it costs: each device packs its shard and unpacks the whole matrix, twice
+for each part of a batch (`run.accumulation`), forwards and backwards. Between
+the passes it keeps the packed shard, P / 4n bytes for P weights on n devices,
+where 'auto' keeps P / n; it is gathered again. XLA can no longer split a
+gather to multiply the parts as they arrive.
 """
 
 import dataclasses
