@@ -22,7 +22,7 @@ MAY_IMPORT = {
   },
   'tritera_kernels': set(),
   'ternary': {'tritera_kernels'},
-  'parallel': set(),
+  'parallel': {'tritera_kernels'},
   'data': set(),
   'model': {'ternary', 'parallel', 'tritera_kernels'},
   'experiment': {'model', 'parallel', 'ternary'},

@@ -20,6 +20,7 @@ import pydantic
 
 from tritera_jax.model.config import ModelConfig
 from tritera_jax.model.decoder import Remat
+from tritera_jax.parallel.gather import Gather
 from tritera_jax.parallel.mesh import MeshConfig
 from tritera_jax.ternary.schedule import InfiniteSchedule, Schedule
 
@@ -240,6 +241,9 @@ class RunConfig:
       less memory, the same update.
     remat: what the backward pass computes again, to save memory: 'none',
       'dots' (all but matmuls' results) or 'block' (everything).
+    gather: how devices that share matrices (mesh.fsdp) make them whole: 'auto'
+      as XLA decides, 'bfloat16', or 'two_bit': an eighth of its traffic, for
+      packing and unpacking the codes in each pass. Results are the same.
     loss_chunk: most tokens of a device whose logits exist at once in training;
       0: all of them, and XLA's own derivative.
     tensorboard: also write metrics for TensorBoard to FOLDER/tensorboard.
@@ -268,6 +272,7 @@ class RunConfig:
   stop_seconds: float = 0.0
   accumulation: int = 1
   remat: Remat = 'none'
+  gather: Gather = 'auto'
   loss_chunk: int = 1024
   tensorboard: bool = True
   wandb: str = ''
@@ -325,6 +330,18 @@ class Experiment:
         f'run.accumulation={self.run.accumulation} must divide '
         f'data.batch_size={self.data.batch_size}'
       )
+    if self.model.family == 'float':
+      if self.run.gather == 'two_bit':
+        raise ValueError(
+          "run.gather='two_bit' sends codes, and model.family='float' has "
+          "none; set run.gather to 'bfloat16' or 'auto'"
+        )
+      if self.run.gather == 'bfloat16' and self.model.dtype != 'bfloat16':
+        raise ValueError(
+          "run.gather='bfloat16' would round the weights that model.dtype="
+          f"{self.model.dtype!r} multiplies; set run.gather to 'auto', or "
+          "model.dtype to 'bfloat16'"
+        )
     if isinstance(self.optimizer.schedule, InfiniteSchedule):
       self.optimizer.schedule.check_fits(self.run.steps)
 

@@ -22,7 +22,9 @@ from tritera_jax.model import layers
 from tritera_jax.model.attention import Attention, KVCache
 from tritera_jax.model.config import ModelConfig
 from tritera_jax.model.mlp import MLP
+from tritera_jax.parallel import gather as gather_lib
 from tritera_jax.parallel import rules
+from tritera_jax.parallel.gather import Gather
 from tritera_jax.ternary.layers import FloatLinear
 
 type Params = PyTree[Float[Array, '...']]
@@ -57,6 +59,12 @@ class Block(nnx.Module):
     )
     x_BTD = x_BTD + y_BTD
     return x_BTD + self.mlp(self.mlp_norm(x_BTD)), cache
+
+  def exchange(self, gather: Gather):
+    """Says how devices make the block's matrices whole."""
+    for _, module in nnx.iter_modules(self):
+      if isinstance(module, FloatLinear):
+        module.exchange = gather_lib.exchange(gather, module.axes)
 
 
 class Decoder(nnx.Module):
@@ -114,8 +122,12 @@ class Decoder(nnx.Module):
     cache: KVCache | None = None,
     *,
     remat: Remat = 'none',
+    gather: Gather = 'auto',
   ) -> tuple[Float[Array, 'B T D'], KVCache | None]:
-    """The residual stream past the last block; arguments as of a call."""
+    """The residual stream past the last block; arguments as of a call.
+
+    `gather`: how devices that share the blocks' matrices make them whole.
+    """
     documents_BT = None
     if cache is None:
       documents_BT = documents(self.config, tokens_BT)
@@ -126,6 +138,7 @@ class Decoder(nnx.Module):
     def body(x_BTD, layer):
       params, cache = layer
       block = nnx.merge(graphdef, params)
+      block.exchange(gather)
       return block(x_BTD, positions_BT, cache, documents_BT)
 
     if remat != 'none':

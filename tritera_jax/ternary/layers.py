@@ -11,6 +11,7 @@ Shapes: M tokens, K inputs, N outputs, S scale blocks.
 """
 
 import functools
+from typing import Protocol, runtime_checkable
 
 from flax import nnx
 import jax
@@ -19,6 +20,23 @@ from jaxtyping import Array, Float, Float32
 
 from tritera_jax.ternary import quantize
 from tritera_jax.ternary.quantize import Family, ScaleAxis
+
+
+@runtime_checkable
+class Exchange(Protocol):
+  """How devices that share a matrix make it whole; `parallel.gather`'s."""
+
+  def pack(self, matrix_KN: Array, /) -> Array:
+    """What is sent of it, and kept for the backward pass."""
+    ...
+
+  def gather(self, packed_kn: Array, shape: tuple[int, int], /) -> Array:
+    """The matrix."""
+    ...
+
+  def product(self, x_MK: Array, g_MN: Array, /) -> Array:
+    """x^T g, summed over every device's tokens: its own share of it."""
+    ...
 
 
 def _dot(a, b, contract_a: int, contract_b: int, dtype) -> jax.Array:
@@ -30,14 +48,18 @@ def _dot(a, b, contract_a: int, contract_b: int, dtype) -> jax.Array:
   )
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(2, 3, 4))
-def _straight_through(x_MK, w_KN, family, blocks, axis) -> jax.Array:
-  return _forward(x_MK, w_KN, family, blocks, axis)[0]
+@functools.partial(jax.custom_vjp, nondiff_argnums=(2, 3, 4, 5))
+def _straight_through(x_MK, w_KN, family, blocks, axis, exchange) -> jax.Array:
+  return _forward(x_MK, w_KN, family, blocks, axis, exchange)[0]
 
 
-def _forward(x_MK, w_KN, family, blocks, axis):
-  int8_KN, scale_S = quantize.QUANTIZERS[family](w_KN, blocks, axis)
-  codes_KN = int8_KN.astype(x_MK.dtype)  # exact in every float dtype
+def _forward(x_MK, w_KN, family, blocks, axis, exchange):
+  codes_KN, scale_S = quantize.QUANTIZERS[family](w_KN, blocks, axis)
+  kept = codes_KN
+  if exchange is not None:
+    kept = exchange.pack(codes_KN)
+    codes_KN = exchange.gather(kept, w_KN.shape)
+  codes_KN = codes_KN.astype(x_MK.dtype)  # exact in every float dtype
   # The scale multiplies float32 sums rather than low-precision weights.
   if axis == 'out':
     scale_N = quantize.per_entry(scale_S, w_KN.shape[1])
@@ -46,13 +68,15 @@ def _forward(x_MK, w_KN, family, blocks, axis):
     scale_K = quantize.per_entry(scale_S, w_KN.shape[0])
     scaled_MK = (x_MK * scale_K).astype(x_MK.dtype)
     y_MN = _dot(scaled_MK, codes_KN, 1, 0, jnp.float32)
-  return y_MN.astype(x_MK.dtype), (x_MK, int8_KN, scale_S)
+  return y_MN.astype(x_MK.dtype), (x_MK, kept, scale_S)
 
 
-def _backward(family, blocks, axis, residuals, g_MN):
+def _backward(family, blocks, axis, exchange, residuals, g_MN):
   del family, blocks
-  x_MK, int8_KN, scale_S = residuals
-  codes_KN = int8_KN.astype(x_MK.dtype)
+  x_MK, codes_KN, scale_S = residuals
+  if exchange is not None:
+    codes_KN = exchange.gather(codes_KN, (x_MK.shape[-1], g_MN.shape[-1]))
+  codes_KN = codes_KN.astype(x_MK.dtype)
   if axis == 'out':
     scale_N = quantize.per_entry(scale_S, codes_KN.shape[1])
     scaled_MN = (g_MN * scale_N).astype(g_MN.dtype)
@@ -60,11 +84,37 @@ def _backward(family, blocks, axis, residuals, g_MN):
   else:
     scale_K = quantize.per_entry(scale_S, codes_KN.shape[0])
     dx_MK = _dot(g_MN, codes_KN, 1, 1, jnp.float32) * scale_K
-  dw_KN = _dot(x_MK, g_MN, 0, 0, jnp.float32)
+  if exchange is None:
+    dw_KN = _dot(x_MK, g_MN, 0, 0, jnp.float32)
+  else:
+    dw_KN = exchange.product(x_MK, g_MN)
   return dx_MK.astype(x_MK.dtype), dw_KN
 
 
 _straight_through.defvjp(_forward, _backward)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(2,))
+def _float_matmul(x_MK, w_KN, exchange) -> jax.Array:
+  return _float_forward(x_MK, w_KN, exchange)[0]
+
+
+def _float_forward(x_MK, w_KN, exchange):
+  # The latents stand for what is kept: they are there anyway.
+  return jnp.dot(x_MK, _made_whole(x_MK, w_KN, exchange)), (x_MK, w_KN)
+
+
+def _made_whole(x_MK, w_KN, exchange):
+  return exchange.gather(exchange.pack(w_KN.astype(x_MK.dtype)), w_KN.shape)
+
+
+def _float_backward(exchange, residuals, g_MN):
+  x_MK, w_KN = residuals
+  whole_KN = _made_whole(x_MK, w_KN, exchange)
+  return g_MN @ whole_KN.T, exchange.product(x_MK, g_MN)
+
+
+_float_matmul.defvjp(_float_forward, _float_backward)
 
 
 def straight_through_matmul(
@@ -74,11 +124,13 @@ def straight_through_matmul(
   family: Family,
   blocks: int = 1,
   axis: ScaleAxis = 'out',
+  exchange: Exchange | None = None,
 ) -> Float[Array, '*batch N']:
   """x @ (scale * codes of w), straight-through to the float32 latents w.
 
   Sums are float32 whatever x's dtype; the result has x's dtype. `family` is
-  'ternary' or 'binary'.
+  'ternary' or 'binary'. With an exchange, devices send each other codes in its
+  way, in either pass.
 
   Raises:
     ValueError: the blocks do not fit the matrix (see `quantize.ternarize`).
@@ -86,12 +138,20 @@ def straight_through_matmul(
   if blocks == 1:
     axis = 'out'  # one scale: multiply the sums, whichever axis it is said of
   x_MK = x.reshape(-1, x.shape[-1])
-  y_MN: jax.Array = _straight_through(x_MK, w_KN, family, blocks, axis)
+  y_MN: jax.Array = _straight_through(
+    x_MK, w_KN, family, blocks, axis, exchange
+  )
   return y_MN.reshape(*x.shape[:-1], w_KN.shape[1])
 
 
 class FloatLinear(nnx.Module):
-  """y = x W with float32 W [K, N], no bias; FloatLM's layer, and the head's."""
+  """y = x W with float32 W [K, N], no bias; FloatLM's layer, and the head's.
+
+  Attributes:
+    kernel: W.
+    axes: its two logical axes.
+    exchange: how devices that share W make it whole; None: as XLA does.
+  """
 
   def __init__(
     self,
@@ -107,9 +167,16 @@ class FloatLinear(nnx.Module):
       init_std * jax.random.normal(rngs.params(), shape, jnp.float32),
       axes=axes,
     )
+    self.axes = axes
+    self.exchange: Exchange | None = None
 
   def __call__(self, x: Float[Array, '*batch K']) -> Float[Array, '*batch N']:
-    return jnp.dot(x, self.kernel[...].astype(x.dtype))
+    w_KN = self.kernel[...]
+    if self.exchange is None:
+      return jnp.dot(x, w_KN.astype(x.dtype))
+    x_MK = x.reshape(-1, x.shape[-1])
+    y_MN: jax.Array = _float_matmul(x_MK, w_KN, self.exchange)
+    return y_MN.reshape(*x.shape[:-1], w_KN.shape[1])
 
 
 class QuantizedLinear(FloatLinear):
@@ -146,4 +213,5 @@ class QuantizedLinear(FloatLinear):
       family=self.family,
       blocks=self.scale_blocks,
       axis=self.scale_axis,
+      exchange=self.exchange,
     )

@@ -22,6 +22,7 @@ import numpy as np
 from tritera_jax import experiment as experiment_lib
 from tritera_jax.experiment import Experiment
 from tritera_jax.parallel import mesh as mesh_lib
+from tritera_jax.ternary.quantize import Family
 from tritera_jax.train import metrics, step
 
 
@@ -55,6 +56,15 @@ class _Stepper:
     return time.perf_counter() - started
 
 
+def _twin(experiment: Experiment, family: Family) -> Experiment:
+  """The same shapes in another family; it has no codes to gather if float."""
+  run = experiment.run
+  if family == 'float' and run.gather == 'two_bit':
+    run = dataclasses.replace(run, gather='auto')
+  model = dataclasses.replace(experiment.model, family=family)
+  return dataclasses.replace(experiment, model=model, run=run)
+
+
 def ratios(
   experiment: Experiment, rounds: int, steps: int
 ) -> dict[str, list[float]]:
@@ -66,15 +76,10 @@ def ratios(
     )
   mesh = mesh_lib.make_mesh(experiment.mesh)
   found = {name: [] for name in ('float', 'binary', 'telemetry', 'seconds')}
+  families: tuple[Family, ...] = ('ternary', 'float', 'binary')
   with jax.set_mesh(mesh):
     steppers = {
-      family: _Stepper(
-        dataclasses.replace(
-          experiment, model=dataclasses.replace(experiment.model, family=family)
-        ),
-        mesh,
-      )
-      for family in ('ternary', 'float', 'binary')
+      family: _Stepper(_twin(experiment, family), mesh) for family in families
     }
     for stepper in steppers.values():
       stepper.seconds(2)  # compiles

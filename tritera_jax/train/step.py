@@ -204,7 +204,9 @@ def _mean_loss(experiment: Experiment, params: PyTree, tokens_BT1):
   """What is minimised, and the metrics that go with it."""
   run, weight = experiment.run, experiment.optimizer.z_loss
   model = decoder.bind(experiment.model, params)
-  x_BTD, _ = model.hidden(tokens_BT1[:, :-1], remat=run.remat)
+  x_BTD, _ = model.hidden(
+    tokens_BT1[:, :-1], remat=run.remat, gather=run.gather
+  )
   targets_BT = tokens_BT1[:, 1:]
   if run.loss_chunk:
     minimised, nats_BT, squared_BT = chunked_loss.cross_entropy(
