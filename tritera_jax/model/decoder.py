@@ -22,7 +22,7 @@ from tritera_jax.model import layers
 from tritera_jax.model.attention import Attention, KVCache
 from tritera_jax.model.config import ModelConfig
 from tritera_jax.model.mlp import MLP
-from tritera_jax.parallel import rules
+from tritera_jax.parallel import rules, zigzag
 from tritera_jax.ternary.layers import FloatLinear
 
 type Params = PyTree[Float[Array, '...']]
@@ -51,7 +51,8 @@ class Block(nnx.Module):
     documents_BT: Int32[Array, 'B T'] | None = None,
   ) -> tuple[Float[Array, 'B T D'], KVCache | None]:
     # Without this the partitioner may split the width over the mesh.
-    x_BTD = rules.constrain(x_BTD, ('batch', None, None))
+    tokens = ('batch', 'sequence' if cache is None else None)
+    x_BTD = rules.constrain(x_BTD, (*tokens, None))
     y_BTD, cache = self.attention(
       self.attention_norm(x_BTD), positions_BT, cache, documents_BT
     )
@@ -121,6 +122,10 @@ class Decoder(nnx.Module):
       documents_BT = documents(self.config, tokens_BT)
     if positions_BT is None:
       positions_BT = positions(tokens_BT, documents_BT)
+    if cache is None:
+      tokens_BT, positions_BT, documents_BT = zigzag.arrange(
+        (tokens_BT, positions_BT, documents_BT)
+      )
     graphdef, stacked = nnx.split(self.layers)
 
     def body(x_BTD, layer):
@@ -130,7 +135,8 @@ class Decoder(nnx.Module):
 
     if remat != 'none':
       body = jax.checkpoint(body, policy=_SAVED[remat], prevent_cse=False)
-    return jax.lax.scan(body, self.embed(tokens_BT), (stacked, cache))
+    x_BTD, after = jax.lax.scan(body, self.embed(tokens_BT), (stacked, cache))
+    return x_BTD if cache is not None else zigzag.restore(x_BTD), after
 
   def logits(
     self, x_BTD: Float[Array, '*batch D']

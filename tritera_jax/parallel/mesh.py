@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The device mesh: axes data, fsdp and tensor, inside and across hosts."""
+"""The device mesh: its axes, inside and across hosts."""
 
 import collections
 from collections.abc import Sequence
@@ -12,7 +12,8 @@ from jax.experimental import mesh_utils
 from jax.sharding import AxisType, Mesh
 import numpy as np
 
-AXES = ('data', 'fsdp', 'tensor')
+# The last lie closest together: tensor parallelism waits for each exchange.
+AXES = ('data', 'fsdp', 'context', 'tensor')
 
 
 @dataclasses.dataclass(frozen=True)
@@ -23,6 +24,8 @@ class MeshConfig:
     data: copies of the model, each with its share of the batch.
     fsdp: devices that share parameters, optimizer state and batch.
     tensor: devices that split heads, the MLP and the vocabulary.
+    context: devices that share each sequence, and parameters and optimizer
+      state as those of fsdp do.
     across: axes that may span the slow network between TPU slices, or between
       hosts; the first takes as much of it as its size allows, the next what is
       left. All others stay inside a slice or host. Empty: JAX's own order.
@@ -31,7 +34,8 @@ class MeshConfig:
   data: int = 1
   fsdp: int = -1
   tensor: int = 1
-  across: tuple[Literal['data', 'fsdp', 'tensor'], ...] = ()
+  context: int = 1
+  across: tuple[Literal['data', 'fsdp', 'context', 'tensor'], ...] = ()
 
   def __post_init__(self):
     if len(self.across) != len(set(self.across)):

@@ -15,7 +15,10 @@ import numpy as np
 
 RULES: dict[str, str | tuple[str, ...]] = {
   'batch': ('data', 'fsdp'),
-  'embed': 'fsdp',
+  'sequence': 'context',
+  # Devices that share a sequence would else hold the same weights, and sum
+  # their gradients over context where they now scatter them.
+  'embed': ('fsdp', 'context'),
   'heads': 'tensor',
   'kv_heads': 'tensor',
   'mlp': 'tensor',

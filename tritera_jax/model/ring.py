@@ -1,0 +1,334 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Causal attention of a sequence that several devices share.
+
+Queries stay, keys and values go from device to device, and each device joins
+what its queries see of each block of keys by the blocks' log-sum-exps (Ring
+Attention, arXiv 2310.01889). With softmax weights over block b alone giving
+o_b, and L_b its log-sum-exp,
+
+  L = log sum_b exp L_b,     o = sum_b exp(L_b - L) o_b.
+
+The backward pass computes weights p = exp(s - L) of scores s again, block by
+block (FlashAttention-2, arXiv 2307.08691, algorithm 2), while the gradients of
+keys and values travel with them, home at last. With g the gradient of o:
+
+  dv = p^T g,   ds = p (g v^T - sum_h g o),   dq = ds k,   dk = ds^T q.
+
+Tokens are arranged by `parallel.zigzag`: a device has an early chunk 0 and a
+late chunk 1. Of its own keys chunk 1 sees chunk 0 whole, and each itself
+causally. Of another's, chunk 1 always sees chunk 0 whole; and either chunk 0
+sees chunk 0 (if the other's is earlier) or chunk 1 sees chunk 1 (if not). So
+every step is two blocks, whole or causal, for everyone, and only documents
+need a mask.
+
+Why not gather keys and values at once (Llama 3, arXiv 2407.21783, 3.3.2)? The
+bytes are the same, but they are there all at once (TriLM 3.9B, 32k tokens,
+bfloat16: 403 MB a layer and row; 100 MB with Spectra-1.1's 6 kv heads), before
+any work that could hide them, and queries and keys of two lengths want a mask
+where a fused kernel has two cases. What is stored for the backward pass is q,
+k, v, o and L of this device's tokens; what is computed at once, the scores of
+one block.
+
+Shapes: B rows, T tokens of this device, two chunks of C; H query heads, G key
+and value heads, R = H / G, h head width; S = C keys of a block; n devices.
+"""
+
+import functools
+from typing import Any, NamedTuple, Protocol
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Bool, Float, Float32, Int32
+
+from tritera_jax.parallel import rules, zigzag
+from tritera_jax.parallel.zigzag import AXIS
+
+
+class BlockAttention(Protocol):
+  """Attention of one chunk of queries to one of keys, on one device.
+
+  What a fused kernel computes; `ring.attention` needs nothing else of it.
+  `same_BCS` says where a query may look, beside causality; None: everywhere.
+  """
+
+  def forward(
+    self,
+    q_BCHh: Float[Array, 'B C H h'],
+    k_BSGh: Float[Array, 'B S G h'],
+    v_BSGh: Float[Array, 'B S G h'],
+    same_BCS: Bool[Array, 'B C S'] | None,
+    causal: bool,
+  ) -> tuple[Float32[Array, 'B C H h'], Float32[Array, 'B C H']]:
+    """Output and log-sum-exp; 0 and -inf for a query that sees nothing."""
+    ...
+
+  def backward(
+    self,
+    q_BCHh: Float[Array, 'B C H h'],
+    k_BSGh: Float[Array, 'B S G h'],
+    v_BSGh: Float[Array, 'B S G h'],
+    same_BCS: Bool[Array, 'B C S'] | None,
+    causal: bool,
+    o_BCHh: Float[Array, 'B C H h'],
+    lse_BCH: Float32[Array, 'B C H'],
+    g_BCHh: Float[Array, 'B C H h'],
+  ) -> tuple[
+    Float32[Array, 'B C H h'],
+    Float32[Array, 'B S G h'],
+    Float32[Array, 'B S G h'],
+  ]:
+    """This block's share of dq, dk and dv.
+
+    `o_BCHh` and `lse_BCH` are over all keys, `g_BCHh` the gradient of the
+    former.
+    """
+    ...
+
+
+class Unfused:
+  """A BlockAttention whose scores [B, G, R, C, S] exist, in float32."""
+
+  def forward(self, q_BCHh, k_BSGh, v_BSGh, same_BCS, causal):
+    s_BGRCS = self._scores(q_BCHh, k_BSGh, same_BCS, causal)
+    top_BGRC = jnp.max(s_BGRCS, axis=-1)
+    # exp(-inf - -inf) would be NaN for a query that sees nothing.
+    top_BGRC = jnp.where(jnp.isneginf(top_BGRC), 0, top_BGRC)
+    p_BGRCS = jnp.exp(s_BGRCS - top_BGRC[..., None])
+    sum_BGRC = jnp.sum(p_BGRCS, axis=-1)
+    y_BCGRh = _einsum('bgrcs,bsgh->bcgrh', p_BGRCS.astype(v_BSGh.dtype), v_BSGh)
+    sum_BCGR = jnp.moveaxis(sum_BGRC, 3, 1)
+    y_BCGRh /= jnp.where(sum_BCGR == 0, 1, sum_BCGR)[..., None]
+    lse_BCGR = jnp.log(sum_BCGR) + jnp.moveaxis(top_BGRC, 3, 1)
+    return y_BCGRh.reshape(q_BCHh.shape), lse_BCGR.reshape(q_BCHh.shape[:3])
+
+  def backward(
+    self, q_BCHh, k_BSGh, v_BSGh, same_BCS, causal, o_BCHh, lse_BCH, g_BCHh
+  ):
+    B, C, H, h = q_BCHh.shape
+    G, dtype = k_BSGh.shape[2], q_BCHh.dtype
+    grouped = lambda x: x.reshape(B, C, G, H // G, *x.shape[3:])
+    by_score = lambda x_BCGR: jnp.moveaxis(x_BCGR, 1, 3)[..., None]
+    s_BGRCS = self._scores(q_BCHh, k_BSGh, same_BCS, causal)
+    p_BGRCS = jnp.exp(s_BGRCS - by_score(grouped(lse_BCH)))
+    g_BCGRh = grouped(g_BCHh)
+    dv_BSGh = _einsum('bgrcs,bcgrh->bsgh', p_BGRCS.astype(dtype), g_BCGRh)
+    dp_BGRCS = _einsum('bcgrh,bsgh->bgrcs', g_BCGRh, v_BSGh)
+    dot_BCH = jnp.sum(g_BCHh.astype(jnp.float32) * o_BCHh, axis=-1)
+    ds_BGRCS = p_BGRCS * (dp_BGRCS - by_score(grouped(dot_BCH))) / h**0.5
+    ds_BGRCS = ds_BGRCS.astype(dtype)
+    dq_BCGRh = _einsum('bgrcs,bsgh->bcgrh', ds_BGRCS, k_BSGh)
+    dk_BSGh = _einsum('bgrcs,bcgrh->bsgh', ds_BGRCS, grouped(q_BCHh))
+    return dq_BCGRh.reshape(q_BCHh.shape), dk_BSGh, dv_BSGh
+
+  def _scores(self, q_BCHh, k_BSGh, same_BCS, causal):
+    B, C, H, h = q_BCHh.shape
+    S, G = k_BSGh.shape[1:3]
+    q_BCGRh = q_BCHh.reshape(B, C, G, H // G, h)
+    s_BGRCS = _einsum('bcgrh,bsgh->bgrcs', q_BCGRh, k_BSGh) / h**0.5
+    if causal:
+      seen_CS = jnp.arange(S) <= jnp.arange(C)[:, None]
+      s_BGRCS = jnp.where(seen_CS, s_BGRCS, -jnp.inf)
+    if same_BCS is not None:
+      s_BGRCS = jnp.where(same_BCS[:, None, None], s_BGRCS, -jnp.inf)
+    return s_BGRCS
+
+
+def _einsum(equation, a, b):
+  return jnp.einsum(equation, a, b, preferred_element_type=jnp.float32)
+
+
+def attention(
+  q_BTHh: Float[Array, 'B T H h'],
+  k_BTGh: Float[Array, 'B T G h'],
+  v_BTGh: Float[Array, 'B T G h'],
+  documents_BT: Int32[Array, 'B T'] | None = None,
+  block: BlockAttention = Unfused(),  # noqa: B008 (it has no state)
+) -> Float[Array, 'B T H h']:
+  """Causal attention, within documents, over the mesh's `context` axis.
+
+  Args:
+    q_BTHh: rotated queries, tokens arranged by `zigzag.arrange`.
+    k_BTGh: rotated keys, arranged so too.
+    v_BTGh: values.
+    documents_BT: number of each token's document; None: there is but one.
+    block: what computes on one device.
+  """
+  return _ring(block, q_BTHh, k_BTGh, v_BTGh, documents_BT)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
+def _ring(block, q_BTHh, k_BTGh, v_BTGh, documents_BT):
+  return _forward(block, q_BTHh, k_BTGh, v_BTGh, documents_BT)[0]
+
+
+def _forward(block, q_BTHh, k_BTGh, v_BTGh, documents_BT):
+  local = functools.partial(_local_forward, block, zigzag.devices())
+  o_BTHh, lse_BTH = _mapped(
+    local, (_QUERY, _KEY, _KEY, _TOKEN), (_QUERY, _QUERY[:3])
+  )(q_BTHh, k_BTGh, v_BTGh, documents_BT)
+  return o_BTHh, (q_BTHh, k_BTGh, v_BTGh, documents_BT, o_BTHh, lse_BTH)
+
+
+def _backward(block, residuals, g_BTHh):
+  local = functools.partial(_local_backward, block, zigzag.devices())
+  gradients = _mapped(
+    local,
+    (_QUERY, _KEY, _KEY, _TOKEN, _QUERY, _QUERY[:3], _QUERY),
+    (_QUERY, _KEY, _KEY),
+  )(*residuals, g_BTHh)
+  return *gradients, None
+
+
+_ring.defvjp(_forward, _backward)
+
+_TOKEN = ('batch', 'sequence')
+_QUERY = (*_TOKEN, 'heads', None)
+_KEY = (*_TOKEN, 'kv_heads', None)
+
+
+def _mapped(local, inputs, outputs):
+  return jax.shard_map(
+    local,
+    in_specs=tuple(map(rules.spec, inputs)),
+    out_specs=tuple(map(rules.spec, outputs)),
+    check_vma=False,  # nothing is differentiated through it
+  )
+
+
+class _Keys(NamedTuple):
+  """What goes round: both chunks of a device, [B, 2, C, ...] each."""
+
+  k: Array
+  v: Array
+  documents: Array | None
+
+
+def _local_forward(block, n, q_BTHh, k_BTGh, v_BTGh, documents_BT):
+  q_B2CHh, documents_B2C = _chunked((q_BTHh, documents_BT))
+  own = _chunked(_Keys(k_BTGh, v_BTGh, documents_BT))
+
+  def attended(to: int | Array, keys: _Keys, at: int | Array, causal=False):
+    q_BCHh = _chunk(q_B2CHh, to)
+    k_BSGh, v_BSGh, _ = chunk = _chunk(keys, at)
+    same_BCS = _same(_chunk(documents_B2C, to), chunk.documents)
+    return block.forward(q_BCHh, k_BSGh, v_BSGh, same_BCS, causal)
+
+  late = _joined(attended(1, own, 1, causal=True), attended(1, own, 0))
+  seen = jax.tree.map(
+    lambda *chunks: jnp.stack(chunks, 1),
+    attended(0, own, 0, causal=True),
+    late,
+  )
+
+  def add(seen, keys, step):
+    for to, at in _pairs(n, step):
+      both = _joined(_chunk(seen, to), attended(to, keys, at))
+      seen = jax.tree.map(
+        lambda whole, chunk, to=to: jax.lax.dynamic_update_index_in_dim(
+          whole, chunk, to, 1
+        ),
+        seen,
+        both,
+      )
+    return seen
+
+  def step(carry, number):
+    seen, keys = carry
+    return (add(seen, keys, number), _sent(n, keys)), None
+
+  # Keys are sent before they are looked at: the wire and the work overlap.
+  keys = _sent(n, own)
+  (seen, keys), _ = jax.lax.scan(step, (seen, keys), jnp.arange(1, n - 1))
+  o_B2CHh, lse_B2CH = add(seen, keys, n - 1)
+  B, T, H, _ = q_BTHh.shape
+  o_BTHh = o_B2CHh.reshape(q_BTHh.shape).astype(q_BTHh.dtype)
+  return o_BTHh, lse_B2CH.reshape(B, T, H)
+
+
+def _local_backward(
+  block, n, q_BTHh, k_BTGh, v_BTGh, documents_BT, o_BTHh, lse_BTH, g_BTHh
+):
+  mine = _chunked((q_BTHh, documents_BT, o_BTHh, lse_BTH, g_BTHh))
+  own = _chunked(_Keys(k_BTGh, v_BTGh, documents_BT))
+
+  def add(gradients, keys, pairs, causal=False):
+    """Gradients of queries, keys and values, with some blocks' share."""
+    dq, dk, dv = gradients
+    for to, at in pairs:
+      q_BCHh, documents_BC, *rest = _chunk(mine, to)
+      k_BSGh, v_BSGh, documents_BS = _chunk(keys, at)
+      same_BCS = _same(documents_BC, documents_BS)
+      shares = block.backward(q_BCHh, k_BSGh, v_BSGh, same_BCS, causal, *rest)
+      dq, dk, dv = (
+        whole.at[:, index].add(share)
+        for whole, index, share in zip(
+          (dq, dk, dv), (to, at, at), shares, strict=True
+        )
+      )
+    return dq, dk, dv
+
+  def nothing(*arrays_B2C):
+    return tuple(jnp.zeros(a.shape, jnp.float32) for a in arrays_B2C)
+
+  def step(carry, number):
+    dq, of_keys, keys = carry
+    # The sum so far arrives while this device's share is computed.
+    so_far, after = _sent(n, of_keys), _sent(n, keys)
+    dq, *share = add((dq, *nothing(*keys[:2])), keys, _pairs(n, number))
+    return (dq, jax.tree.map(jnp.add, so_far, tuple(share)), after), None
+
+  gradients = nothing(mine[0], *own[:2])
+  gradients = add(gradients, own, ((0, 0), (1, 1)), causal=True)
+  dq, *of_keys = add(gradients, own, ((1, 0),))
+  carry = dq, tuple(of_keys), _sent(n, own)
+  (dq, of_keys, keys), _ = jax.lax.scan(step, carry, jnp.arange(1, n - 1))
+  so_far = _sent(n, of_keys)
+  dq, *share = add((dq, *nothing(*own[:2])), keys, _pairs(n, n - 1))
+  dk, dv = _sent(n, jax.tree.map(jnp.add, so_far, tuple(share)))
+  return tuple(
+    gradient.reshape(x.shape).astype(x.dtype)
+    for gradient, x in ((dq, q_BTHh), (dk, k_BTGh), (dv, v_BTGh))
+  )
+
+
+def _pairs(n: int, step):
+  """The blocks, as chunk of queries and of keys, `step` hops from home."""
+  # Keys come from the device before: those of a later one have gone round.
+  from_later = (jax.lax.axis_index(AXIS) < step).astype(jnp.int32)
+  return (1, 0), (from_later, from_later)
+
+
+def _sent(n: int, arrays: Any) -> Any:
+  """To the next device of the ring."""
+  return jax.lax.ppermute(arrays, AXIS, [(i, (i + 1) % n) for i in range(n)])
+
+
+def _chunked(arrays: Any) -> Any:
+  """[B, T, ...] to [B, 2, C, ...]."""
+  return jax.tree.map(
+    lambda a: a.reshape(a.shape[0], 2, -1, *a.shape[2:]), arrays
+  )
+
+
+def _chunk(arrays: Any, index: int | Array) -> Any:
+  """[B, 2, C, ...] to [B, C, ...]."""
+  return jax.tree.map(
+    lambda a: jax.lax.dynamic_index_in_dim(a, index, 1, keepdims=False), arrays
+  )
+
+
+def _same(documents_BC, documents_BS):
+  if documents_BC is None:
+    return None
+  return documents_BC[:, :, None] == documents_BS[:, None]
+
+
+def _joined(a, b):
+  """Output and log-sum-exp over the keys of both."""
+  (a_BCHh, a_BCH), (b_BCHh, b_BCH) = a, b
+  lse_BCH = jnp.logaddexp(a_BCH, b_BCH)
+  # A query sees itself first, so that the sum is finite.
+  part = lambda o_BCHh, part_BCH: (
+    jnp.exp(part_BCH - lse_BCH)[..., None] * o_BCHh
+  )
+  return part(a_BCHh, a_BCH) + part(b_BCHh, b_BCH), lse_BCH
