@@ -18,7 +18,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Float32, Int32, PRNGKeyArray, PyTree
 
-from tritera_jax.model import layers
+from tritera_jax.model import layers, ring
 from tritera_jax.model.attention import Attention, KVCache
 from tritera_jax.model.config import ModelConfig
 from tritera_jax.model.mlp import MLP
@@ -28,9 +28,14 @@ from tritera_jax.ternary.layers import FloatLinear
 type Params = PyTree[Float[Array, '...']]
 Remat = Literal['none', 'dots', 'block']
 
+_policies = jax.checkpoint_policies
 _SAVED = {
-  'dots': jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
-  'block': jax.checkpoint_policies.nothing_saveable,
+  # Nor does it send keys and values round twice.
+  'dots': _policies.save_from_both_policies(
+    _policies.dots_with_no_batch_dims_saveable,
+    _policies.save_only_these_names(ring.SAVED),
+  ),
+  'block': _policies.nothing_saveable,
 }
 
 

@@ -37,11 +37,14 @@ import functools
 from typing import Any, NamedTuple, Protocol
 
 import jax
+from jax.ad_checkpoint import checkpoint_name
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Float32, Int32
 
 from tritera_jax.parallel import rules, zigzag
 from tritera_jax.parallel.zigzag import AXIS
+
+SAVED = 'ring_attention'  # by which a remat policy can keep o and L
 
 
 class BlockAttention(Protocol):
@@ -166,6 +169,7 @@ def _forward(block, q_BTHh, k_BTGh, v_BTGh, documents_BT):
   o_BTHh, lse_BTH = _mapped(
     local, (_QUERY, _KEY, _KEY, _TOKEN), (_QUERY, _QUERY[:3])
   )(q_BTHh, k_BTGh, v_BTGh, documents_BT)
+  o_BTHh, lse_BTH = (checkpoint_name(x, SAVED) for x in (o_BTHh, lse_BTH))
   return o_BTHh, (q_BTHh, k_BTGh, v_BTGh, documents_BT, o_BTHh, lse_BTH)
 
 

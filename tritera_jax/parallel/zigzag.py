@@ -53,6 +53,15 @@ def _arranged(array_BT):
   return rules.constrain(arranged_BT, ('batch', 'sequence'))
 
 
+def merged(x: Float[Array, '*batch K']) -> Float[Array, '*tokens K']:
+  """x with one axis of tokens; as it is, if devices share sequences.
+
+  A mesh that splits rows and sequences cannot split their product: XLA would
+  gather the sequences first.
+  """
+  return x.reshape(-1, x.shape[-1]) if devices() == 1 else x
+
+
 def restore(x_BTD: Float[Array, 'B T D']) -> Float[Array, 'B T D']:
   """The tokens of `arrange` in order: each device has T/n in a run."""
   return x_BTD if devices() == 1 else _restored(x_BTD)
