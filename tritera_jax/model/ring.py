@@ -33,13 +33,15 @@ Shapes: B rows, T tokens of this device, two chunks of C; H query heads, G key
 and value heads, R = H / G, h head width; S = C keys of a block; n devices.
 """
 
+from collections.abc import Callable
 import functools
-from typing import Any, NamedTuple, Protocol
+from typing import Any, NamedTuple
 
 import jax
 from jax.ad_checkpoint import checkpoint_name
 import jax.numpy as jnp
-from jaxtyping import Array, Bool, Float, Float32, Int32
+from jaxtyping import Array, Float, Int32
+import numpy as np
 
 from tritera_jax.parallel import rules, zigzag
 from tritera_jax.parallel.zigzag import AXIS
@@ -47,97 +49,78 @@ from tritera_jax.parallel.zigzag import AXIS
 SAVED = 'ring_attention'  # by which a remat policy can keep o and L
 
 
-class BlockAttention(Protocol):
-  """Attention of one chunk of queries to one of keys, on one device.
+class BlockAttention(NamedTuple):
+  """Attention of a chunk of queries to one of keys, on one device.
 
-  What a fused kernel computes; `ring.attention` needs nothing else of it.
-  `same_BCS` says where a query may look, beside causality; None: everywhere.
+  This is all that the ring asks of a device: a fused kernel that returns the
+  log-sum-exp, as cuDNN's does, can stand here.
+
+  Attributes:
+    forward: (q_BCHh, k_BSGh, v_BSGh, same_BCS, causal) to the output and its
+      log-sum-exp [B, C, H], both float32; 0 and -inf for a query that sees
+      nothing. same_BCS says where queries may look, beside causality; None:
+      everywhere.
+    backward: these five and (o_BCHh, lse_BCH, g_BCHh) to this block's share of
+      dq, dk and dv, float32; output and log-sum-exp are over all keys.
   """
 
-  def forward(
-    self,
-    q_BCHh: Float[Array, 'B C H h'],
-    k_BSGh: Float[Array, 'B S G h'],
-    v_BSGh: Float[Array, 'B S G h'],
-    same_BCS: Bool[Array, 'B C S'] | None,
-    causal: bool,
-  ) -> tuple[Float32[Array, 'B C H h'], Float32[Array, 'B C H']]:
-    """Output and log-sum-exp; 0 and -inf for a query that sees nothing."""
-    ...
-
-  def backward(
-    self,
-    q_BCHh: Float[Array, 'B C H h'],
-    k_BSGh: Float[Array, 'B S G h'],
-    v_BSGh: Float[Array, 'B S G h'],
-    same_BCS: Bool[Array, 'B C S'] | None,
-    causal: bool,
-    o_BCHh: Float[Array, 'B C H h'],
-    lse_BCH: Float32[Array, 'B C H'],
-    g_BCHh: Float[Array, 'B C H h'],
-  ) -> tuple[
-    Float32[Array, 'B C H h'],
-    Float32[Array, 'B S G h'],
-    Float32[Array, 'B S G h'],
-  ]:
-    """This block's share of dq, dk and dv.
-
-    `o_BCHh` and `lse_BCH` are over all keys, `g_BCHh` the gradient of the
-    former.
-    """
-    ...
+  forward: Callable[..., tuple[Array, Array]]
+  backward: Callable[..., tuple[Array, Array, Array]]
 
 
-class Unfused:
-  """A BlockAttention whose scores [B, G, R, C, S] exist, in float32."""
+def _scores(q_BCHh, k_BSGh, same_BCS, causal: bool):
+  B, C, H, h = q_BCHh.shape
+  S, G = k_BSGh.shape[1:3]
+  q_BCGRh = q_BCHh.reshape(B, C, G, H // G, h)
+  s_BGRCS = _einsum('bcgrh,bsgh->bgrcs', q_BCGRh, k_BSGh) / h**0.5
+  if causal:
+    seen_CS = jnp.arange(S) <= jnp.arange(C)[:, None]
+    s_BGRCS = jnp.where(seen_CS, s_BGRCS, -jnp.inf)
+  if same_BCS is not None:
+    s_BGRCS = jnp.where(same_BCS[:, None, None], s_BGRCS, -jnp.inf)
+  return s_BGRCS
 
-  def forward(self, q_BCHh, k_BSGh, v_BSGh, same_BCS, causal):
-    s_BGRCS = self._scores(q_BCHh, k_BSGh, same_BCS, causal)
-    top_BGRC = jnp.max(s_BGRCS, axis=-1)
-    # exp(-inf - -inf) would be NaN for a query that sees nothing.
-    top_BGRC = jnp.where(jnp.isneginf(top_BGRC), 0, top_BGRC)
-    p_BGRCS = jnp.exp(s_BGRCS - top_BGRC[..., None])
-    sum_BGRC = jnp.sum(p_BGRCS, axis=-1)
-    y_BCGRh = _einsum('bgrcs,bsgh->bcgrh', p_BGRCS.astype(v_BSGh.dtype), v_BSGh)
-    sum_BCGR = jnp.moveaxis(sum_BGRC, 3, 1)
-    y_BCGRh /= jnp.where(sum_BCGR == 0, 1, sum_BCGR)[..., None]
-    lse_BCGR = jnp.log(sum_BCGR) + jnp.moveaxis(top_BGRC, 3, 1)
-    return y_BCGRh.reshape(q_BCHh.shape), lse_BCGR.reshape(q_BCHh.shape[:3])
 
-  def backward(
-    self, q_BCHh, k_BSGh, v_BSGh, same_BCS, causal, o_BCHh, lse_BCH, g_BCHh
-  ):
-    B, C, H, h = q_BCHh.shape
-    G, dtype = k_BSGh.shape[2], q_BCHh.dtype
-    grouped = lambda x: x.reshape(B, C, G, H // G, *x.shape[3:])
-    by_score = lambda x_BCGR: jnp.moveaxis(x_BCGR, 1, 3)[..., None]
-    s_BGRCS = self._scores(q_BCHh, k_BSGh, same_BCS, causal)
-    p_BGRCS = jnp.exp(s_BGRCS - by_score(grouped(lse_BCH)))
-    g_BCGRh = grouped(g_BCHh)
-    dv_BSGh = _einsum('bgrcs,bcgrh->bsgh', p_BGRCS.astype(dtype), g_BCGRh)
-    dp_BGRCS = _einsum('bcgrh,bsgh->bgrcs', g_BCGRh, v_BSGh)
-    dot_BCH = jnp.sum(g_BCHh.astype(jnp.float32) * o_BCHh, axis=-1)
-    ds_BGRCS = p_BGRCS * (dp_BGRCS - by_score(grouped(dot_BCH))) / h**0.5
-    ds_BGRCS = ds_BGRCS.astype(dtype)
-    dq_BCGRh = _einsum('bgrcs,bsgh->bcgrh', ds_BGRCS, k_BSGh)
-    dk_BSGh = _einsum('bgrcs,bcgrh->bsgh', ds_BGRCS, grouped(q_BCHh))
-    return dq_BCGRh.reshape(q_BCHh.shape), dk_BSGh, dv_BSGh
+def _unfused_forward(q_BCHh, k_BSGh, v_BSGh, same_BCS, causal):
+  s_BGRCS = _scores(q_BCHh, k_BSGh, same_BCS, causal)
+  top_BGRC = jnp.max(s_BGRCS, axis=-1)
+  # exp(-inf - -inf) would be NaN for a query that sees nothing.
+  top_BGRC = jnp.where(jnp.isneginf(top_BGRC), 0, top_BGRC)
+  p_BGRCS = jnp.exp(s_BGRCS - top_BGRC[..., None])
+  sum_BCGR = jnp.moveaxis(jnp.sum(p_BGRCS, axis=-1), 3, 1)
+  y_BCGRh = _einsum('bgrcs,bsgh->bcgrh', p_BGRCS.astype(v_BSGh.dtype), v_BSGh)
+  y_BCGRh /= jnp.where(sum_BCGR == 0, 1, sum_BCGR)[..., None]
+  lse_BCGR = jnp.log(sum_BCGR) + jnp.moveaxis(top_BGRC, 3, 1)
+  return y_BCGRh.reshape(q_BCHh.shape), lse_BCGR.reshape(q_BCHh.shape[:3])
 
-  def _scores(self, q_BCHh, k_BSGh, same_BCS, causal):
-    B, C, H, h = q_BCHh.shape
-    S, G = k_BSGh.shape[1:3]
-    q_BCGRh = q_BCHh.reshape(B, C, G, H // G, h)
-    s_BGRCS = _einsum('bcgrh,bsgh->bgrcs', q_BCGRh, k_BSGh) / h**0.5
-    if causal:
-      seen_CS = jnp.arange(S) <= jnp.arange(C)[:, None]
-      s_BGRCS = jnp.where(seen_CS, s_BGRCS, -jnp.inf)
-    if same_BCS is not None:
-      s_BGRCS = jnp.where(same_BCS[:, None, None], s_BGRCS, -jnp.inf)
-    return s_BGRCS
+
+def _unfused_backward(
+  q_BCHh, k_BSGh, v_BSGh, same_BCS, causal, o_BCHh, lse_BCH, g_BCHh
+):
+  B, C, H, h = q_BCHh.shape
+  G, dtype = k_BSGh.shape[2], q_BCHh.dtype
+  grouped = lambda x: x.reshape(B, C, G, H // G, *x.shape[3:])
+  by_score = lambda x_BCH: jnp.moveaxis(grouped(x_BCH), 1, 3)[..., None]
+  g_BCGRh = grouped(g_BCHh)
+  p_BGRCS = jnp.exp(
+    _scores(q_BCHh, k_BSGh, same_BCS, causal) - by_score(lse_BCH)
+  )
+  dv_BSGh = _einsum('bgrcs,bcgrh->bsgh', p_BGRCS.astype(dtype), g_BCGRh)
+  dp_BGRCS = _einsum('bcgrh,bsgh->bgrcs', g_BCGRh, v_BSGh)
+  dot_BCH = jnp.sum(g_BCHh.astype(jnp.float32) * o_BCHh, axis=-1)
+  ds_BGRCS = p_BGRCS * (dp_BGRCS - by_score(dot_BCH)) / h**0.5
+  ds_BGRCS = ds_BGRCS.astype(dtype)
+  dq_BCGRh = _einsum('bgrcs,bsgh->bcgrh', ds_BGRCS, k_BSGh)
+  dk_BSGh = _einsum('bgrcs,bcgrh->bsgh', ds_BGRCS, grouped(q_BCHh))
+  return dq_BCGRh.reshape(q_BCHh.shape), dk_BSGh, dv_BSGh
 
 
 def _einsum(equation, a, b):
   return jnp.einsum(equation, a, b, preferred_element_type=jnp.float32)
+
+
+# The scores of a block [B, G, R, C, S] exist, in float32.
+UNFUSED = BlockAttention(_unfused_forward, _unfused_backward)
 
 
 def attention(
@@ -145,7 +128,7 @@ def attention(
   k_BTGh: Float[Array, 'B T G h'],
   v_BTGh: Float[Array, 'B T G h'],
   documents_BT: Int32[Array, 'B T'] | None = None,
-  block: BlockAttention = Unfused(),  # noqa: B008 (it has no state)
+  block: BlockAttention = UNFUSED,
 ) -> Float[Array, 'B T H h']:
   """Causal attention, within documents, over the mesh's `context` axis.
 
@@ -208,43 +191,41 @@ class _Keys(NamedTuple):
 
 
 def _local_forward(block, n, q_BTHh, k_BTGh, v_BTGh, documents_BT):
-  q_B2CHh, documents_B2C = _chunked((q_BTHh, documents_BT))
+  B, T, H, _ = q_BTHh.shape
+  mine = _chunked((q_BTHh, documents_BT))
   own = _chunked(_Keys(k_BTGh, v_BTGh, documents_BT))
 
-  def attended(to: int | Array, keys: _Keys, at: int | Array, causal=False):
-    q_BCHh = _chunk(q_B2CHh, to)
-    k_BSGh, v_BSGh, _ = chunk = _chunk(keys, at)
-    same_BCS = _same(_chunk(documents_B2C, to), chunk.documents)
-    return block.forward(q_BCHh, k_BSGh, v_BSGh, same_BCS, causal)
+  def add(seen, keys, pairs, causal=False):
+    """Output and log-sum-exp, over these blocks of keys too."""
 
-  late = _joined(attended(1, own, 1, causal=True), attended(1, own, 0))
-  seen = jax.tree.map(
-    lambda *chunks: jnp.stack(chunks, 1),
-    attended(0, own, 0, causal=True),
-    late,
-  )
+    def one(seen, pair):
+      to, at = pair
+      q_BCHh, documents_BC = _chunk(mine, to)
+      k_BSGh, v_BSGh, documents_BS = _chunk(keys, at)
+      same_BCS = _same(documents_BC, documents_BS)
+      found = block.forward(q_BCHh, k_BSGh, v_BSGh, same_BCS, causal)
+      both = _joined(_chunk(seen, to), found)
+      return tuple(
+        jax.lax.dynamic_update_index_in_dim(whole, chunk, to, 1)
+        for whole, chunk in zip(seen, both, strict=True)
+      ), None
 
-  def add(seen, keys, step):
-    for to, at in _pairs(n, step):
-      both = _joined(_chunk(seen, to), attended(to, keys, at))
-      seen = jax.tree.map(
-        lambda whole, chunk, to=to: jax.lax.dynamic_update_index_in_dim(
-          whole, chunk, to, 1
-        ),
-        seen,
-        both,
-      )
-    return seen
+    return jax.lax.scan(one, seen, pairs)[0]
 
   def step(carry, number):
     seen, keys = carry
-    return (add(seen, keys, number), _sent(n, keys)), None
+    # Keys are sent before they are looked at: the wire and the work overlap.
+    after = _sent(n, keys)
+    return (add(seen, keys, _pairs(number)), after), None
 
-  # Keys are sent before they are looked at: the wire and the work overlap.
-  keys = _sent(n, own)
-  (seen, keys), _ = jax.lax.scan(step, (seen, keys), jnp.arange(1, n - 1))
-  o_B2CHh, lse_B2CH = add(seen, keys, n - 1)
-  B, T, H, _ = q_BTHh.shape
+  seen = jnp.zeros(mine[0].shape, jnp.float32), jnp.full(
+    mine[0].shape[:-1], -jnp.inf
+  )
+  seen = add(add(seen, own, _EACH_ITSELF, causal=True), own, _LATE_TO_EARLY)
+  (seen, keys), _ = jax.lax.scan(
+    step, (seen, _sent(n, own)), jnp.arange(1, n - 1)
+  )
+  o_B2CHh, lse_B2CH = add(seen, keys, _pairs(n - 1))
   o_BTHh = o_B2CHh.reshape(q_BTHh.shape).astype(q_BTHh.dtype)
   return o_BTHh, lse_B2CH.reshape(B, T, H)
 
@@ -256,50 +237,60 @@ def _local_backward(
   own = _chunked(_Keys(k_BTGh, v_BTGh, documents_BT))
 
   def add(gradients, keys, pairs, causal=False):
-    """Gradients of queries, keys and values, with some blocks' share."""
-    dq, dk, dv = gradients
-    for to, at in pairs:
+    """Gradients of queries, keys and values, with these blocks' share."""
+
+    def one(gradients, pair):
+      to, at = pair
       q_BCHh, documents_BC, *rest = _chunk(mine, to)
       k_BSGh, v_BSGh, documents_BS = _chunk(keys, at)
       same_BCS = _same(documents_BC, documents_BS)
       shares = block.backward(q_BCHh, k_BSGh, v_BSGh, same_BCS, causal, *rest)
-      dq, dk, dv = (
+      return tuple(
         whole.at[:, index].add(share)
         for whole, index, share in zip(
-          (dq, dk, dv), (to, at, at), shares, strict=True
+          gradients, (to, at, at), shares, strict=True
         )
-      )
-    return dq, dk, dv
+      ), None
 
-  def nothing(*arrays_B2C):
-    return tuple(jnp.zeros(a.shape, jnp.float32) for a in arrays_B2C)
+    return jax.lax.scan(one, gradients, pairs)[0]
+
+  def added(dq, of_keys, keys, pairs):
+    # The sum so far arrives while this device's share is computed.
+    so_far = _sent(n, of_keys)
+    dq, *share = add((dq, *zeros), keys, pairs)
+    return dq, tuple(map(jnp.add, so_far, share))
 
   def step(carry, number):
     dq, of_keys, keys = carry
-    # The sum so far arrives while this device's share is computed.
-    so_far, after = _sent(n, of_keys), _sent(n, keys)
-    dq, *share = add((dq, *nothing(*keys[:2])), keys, _pairs(n, number))
-    return (dq, jax.tree.map(jnp.add, so_far, tuple(share)), after), None
+    after = _sent(n, keys)
+    return (*added(dq, of_keys, keys, _pairs(number)), after), None
 
-  gradients = nothing(mine[0], *own[:2])
-  gradients = add(gradients, own, ((0, 0), (1, 1)), causal=True)
-  dq, *of_keys = add(gradients, own, ((1, 0),))
+  zero = lambda x_B2C: jnp.zeros(x_B2C.shape, jnp.float32)
+  zeros = zero(own.k), zero(own.v)
+  gradients = add((zero(mine[0]), *zeros), own, _EACH_ITSELF, causal=True)
+  dq, *of_keys = add(gradients, own, _LATE_TO_EARLY)
   carry = dq, tuple(of_keys), _sent(n, own)
   (dq, of_keys, keys), _ = jax.lax.scan(step, carry, jnp.arange(1, n - 1))
-  so_far = _sent(n, of_keys)
-  dq, *share = add((dq, *nothing(*own[:2])), keys, _pairs(n, n - 1))
-  dk, dv = _sent(n, jax.tree.map(jnp.add, so_far, tuple(share)))
+  dq, of_keys = added(dq, of_keys, keys, _pairs(n - 1))
   return tuple(
     gradient.reshape(x.shape).astype(x.dtype)
-    for gradient, x in ((dq, q_BTHh), (dk, k_BTGh), (dv, v_BTGh))
+    for gradient, x in zip(
+      (dq, *_sent(n, of_keys)), (q_BTHh, k_BTGh, v_BTGh), strict=True
+    )
   )
 
 
-def _pairs(n: int, step):
-  """The blocks, as chunk of queries and of keys, `step` hops from home."""
-  # Keys come from the device before: those of a later one have gone round.
-  from_later = (jax.lax.axis_index(AXIS) < step).astype(jnp.int32)
-  return (1, 0), (from_later, from_later)
+# Blocks as chunks of queries and chunks of keys. They are looped over, so that
+# the scores of one are there at a time.
+_EACH_ITSELF = np.array([0, 1]), np.array([0, 1])
+_LATE_TO_EARLY = np.array([1]), np.array([0])
+
+
+def _pairs(step):
+  """The blocks of the keys that have come `step` hops."""
+  # Those of a later device have been past the end of the ring.
+  of_later = (jax.lax.axis_index(AXIS) < step).astype(jnp.int32)
+  return jnp.stack([1, of_later]), jnp.stack([0, of_later])
 
 
 def _sent(n: int, arrays: Any) -> Any:
@@ -331,7 +322,7 @@ def _joined(a, b):
   """Output and log-sum-exp over the keys of both."""
   (a_BCHh, a_BCH), (b_BCHh, b_BCH) = a, b
   lse_BCH = jnp.logaddexp(a_BCH, b_BCH)
-  # A query sees itself first, so that the sum is finite.
+  # A query sees itself first, so that lse is finite.
   part = lambda o_BCHh, part_BCH: (
     jnp.exp(part_BCH - lse_BCH)[..., None] * o_BCHh
   )
