@@ -140,8 +140,18 @@ class Decoder(nnx.Module):
 
     if remat != 'none':
       body = jax.checkpoint(body, policy=_SAVED[remat], prevent_cse=False)
-    x_BTD, after = jax.lax.scan(body, self.embed(tokens_BT), (stacked, cache))
+    x_BTD = self._embedded(tokens_BT)
+    x_BTD, after = jax.lax.scan(body, x_BTD, (stacked, cache))
     return x_BTD if cache is not None else zigzag.restore(x_BTD), after
+
+  def _embedded(self, tokens_BT) -> Float[Array, 'B T D']:
+    if zigzag.devices() == 1:
+      return self.embed(tokens_BT)
+    # Whole rows of the table: else XLA looks up each device's columns of every
+    # token of the batch.
+    table_VD = rules.constrain(self.embed.embedding[...], ('vocab', None))
+    table_VD = table_VD.astype(jnp.dtype(self.config.dtype))
+    return jnp.take(table_VD, tokens_BT, axis=0)
 
   def logits(
     self, x_BTD: Float[Array, '*batch D']
