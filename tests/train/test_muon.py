@@ -204,7 +204,9 @@ def test_it_learns_and_its_state_is_kept_in_its_shards():
     ('head', 2, params['head']['kernel']),
   ):
     layers = [None] * (kernel.ndim - 2)
-    assert kernel.sharding.spec == PartitionSpec(*layers, 'fsdp', 'tensor')
+    assert kernel.sharding.spec == PartitionSpec(
+      *layers, ('fsdp', 'context'), 'tensor'
+    )
     found = [
       leaf
       for path, leaf in jax.tree_util.tree_leaves_with_path(state.opt_state)
