@@ -139,7 +139,8 @@ def test_gke_tpus(run, on_a_tpu):
   )
   assert said == (
     'process 127 of 128 by a TPU pod of GKE, coordinator '
-    f'{job}-0-0.{domain}:8482; 512 devices, mesh data=2 fsdp=256 context=1 tensor=1'
+    f'{job}-0-0.{domain}:8482; 512 devices, '
+    'mesh data=2 fsdp=256 context=1 tensor=1'
   )
 
 

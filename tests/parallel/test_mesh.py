@@ -41,7 +41,9 @@ def spanning(devices) -> set[str]:
     # A sequence's devices side by side: two hosts of each ring.
     (
       MeshConfig(2, -1, 2, context=4, across=('data', 'context')),
-      4, 8, (2, 2, 4, 2),
+      4,
+      8,
+      (2, 2, 4, 2),
     ),
   ],
 )

@@ -28,9 +28,7 @@ def test_a_device_has_an_early_and_a_late_chunk(n):
     first, second = np.split(np.asarray(shard.data), 2, axis=1)
     i = shard.device.id
     np.testing.assert_array_equal(first[0], 3 * i + np.arange(3))
-    np.testing.assert_array_equal(
-      second[0], 3 * (2 * n - 1 - i) + np.arange(3)
-    )
+    np.testing.assert_array_equal(second[0], 3 * (2 * n - 1 - i) + np.arange(3))
     work.append(int((1 + np.asarray(shard.data)).sum()))
   assert len(set(work)) == 1  # keys that its queries see
 
@@ -48,9 +46,9 @@ def test_what_is_restored_is_in_order_and_so_is_its_gradient(n):
     placed = jax.device_put(arranged, rules.shardings(mesh, HIDDEN))
     restored = jax.jit(zigzag.restore)
     out = restored(placed)
-    gradient = jax.jit(
-      jax.grad(lambda x: jnp.sum(weight * zigzag.restore(x)))
-    )(placed)
+    gradient = jax.jit(jax.grad(lambda x: jnp.sum(weight * zigzag.restore(x))))(
+      placed
+    )
     program = restored.lower(placed).compile().as_text()
   np.testing.assert_array_equal(out, x)
   assert out.sharding.is_equivalent_to(placed.sharding, 3)

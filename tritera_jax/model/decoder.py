@@ -121,26 +121,29 @@ class Decoder(nnx.Module):
     *,
     remat: Remat = 'none',
   ) -> tuple[Float[Array, 'B T D'], KVCache | None]:
-    """The residual stream past the last block; arguments as of a call."""
+    """The residual stream past the last block; arguments as of a call.
+
+    Without a cache, sequences are split over a mesh's `context` axis.
+    """
     documents_BT = None
     if cache is None:
       documents_BT = documents(self.config, tokens_BT)
     if positions_BT is None:
       positions_BT = positions(tokens_BT, documents_BT)
+    arrays_BT = tokens_BT, positions_BT, documents_BT
     if cache is None:
-      tokens_BT, positions_BT, documents_BT = zigzag.arrange(
-        (tokens_BT, positions_BT, documents_BT)
-      )
+      arrays_BT = zigzag.arrange(arrays_BT)
+    arranged_BT, places_BT, documents_BT = arrays_BT
     graphdef, stacked = nnx.split(self.layers)
 
     def body(x_BTD, layer):
       params, cache = layer
       block = nnx.merge(graphdef, params)
-      return block(x_BTD, positions_BT, cache, documents_BT)
+      return block(x_BTD, places_BT, cache, documents_BT)
 
     if remat != 'none':
       body = jax.checkpoint(body, policy=_SAVED[remat], prevent_cse=False)
-    x_BTD = self._embedded(tokens_BT)
+    x_BTD = self._embedded(arranged_BT)
     x_BTD, after = jax.lax.scan(body, x_BTD, (stacked, cache))
     return x_BTD if cache is not None else zigzag.restore(x_BTD), after
 

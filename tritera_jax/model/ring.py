@@ -218,8 +218,9 @@ def _local_forward(block, n, q_BTHh, k_BTGh, v_BTGh, documents_BT):
     after = _sent(n, keys)
     return (add(seen, keys, _pairs(number)), after), None
 
-  seen = jnp.zeros(mine[0].shape, jnp.float32), jnp.full(
-    mine[0].shape[:-1], -jnp.inf
+  seen = (
+    jnp.zeros(mine[0].shape, jnp.float32),
+    jnp.full(mine[0].shape[:-1], -jnp.inf),
   )
   seen = add(add(seen, own, _EACH_ITSELF, causal=True), own, _LATE_TO_EARLY)
   (seen, keys), _ = jax.lax.scan(
