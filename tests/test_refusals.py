@@ -238,6 +238,7 @@ CASES = [
   a_tokenizer_exchanged_in_the_dataset,
   an_unknown_override,
   a_batch_that_the_mesh_cannot_divide,
+  a_sequence_that_the_mesh_cannot_split,
   a_mesh_that_does_not_fit_the_devices,
   a_process_that_sees_too_many_devices,
   processes_that_nobody_numbers,
