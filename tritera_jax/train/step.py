@@ -160,7 +160,9 @@ def train_step(
     & jnp.isfinite(measured['gradient_norm'])
     & (state.step == n)
   )
-  update = optimizer.make(config, run.steps)
+  update = optimizer.make(
+    config, run.steps, decoder.logical_axes(experiment.model)
+  )
   updates, opt_state = update.update(grads, state.opt_state, state.params)
   after = TrainState(
     state.step + 1,
