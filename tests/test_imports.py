@@ -21,7 +21,7 @@ MAY_IMPORT = {
     'parallel', 'show', 'train', 'tritera_kernels',
   },
   'tritera_kernels': set(),
-  'ternary': {'tritera_kernels'},
+  'ternary': {'parallel', 'tritera_kernels'},
   'parallel': {'tritera_kernels'},
   'data': set(),
   'model': {'ternary', 'parallel', 'tritera_kernels'},

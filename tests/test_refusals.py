@@ -148,6 +148,14 @@ def a_batch_that_the_mesh_cannot_divide(place):
   )  # fmt: skip
 
 
+def a_sequence_that_the_mesh_cannot_split(place):
+  mesh = '--mesh.data 1 --mesh.fsdp 1 --mesh.tensor 1 --mesh.context 8'
+  return (
+    [*place.train, *mesh.split(), '--data.sequence-length', '24'],
+    'data.sequence_length=24 must be a multiple of 2 x mesh.context=8',
+  )
+
+
 def a_mesh_that_does_not_fit_the_devices(place):
   return [*place.train, '--mesh.tensor', '3'], 'devices, but there are 8'
 
@@ -247,6 +255,7 @@ CASES = [
   a_tokenizer_exchanged_in_the_dataset,
   an_unknown_override,
   a_batch_that_the_mesh_cannot_divide,
+  a_sequence_that_the_mesh_cannot_split,
   a_mesh_that_does_not_fit_the_devices,
   a_process_that_sees_too_many_devices,
   processes_that_nobody_numbers,

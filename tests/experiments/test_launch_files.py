@@ -96,7 +96,7 @@ def test_slurm(run, tmp_path, script, task, words):
     SLURM_GPUS_ON_NODE=gpus,
     CUDA_VISIBLE_DEVICES=','.join(map(str, range(gpus))),
   )
-  assert said == f'{words}; 32 devices, mesh data=4 fsdp=8 tensor=1'
+  assert said == f'{words}; 32 devices, mesh data=4 fsdp=8 context=1 tensor=1'
 
 
 @pytest.mark.parametrize(
@@ -170,7 +170,8 @@ def test_gke_tpus(run, on_a_tpu):
   )
   assert said == (
     'process 127 of 128 by a TPU pod of GKE, coordinator '
-    f'{job}-0-0.{domain}:8482; 512 devices, mesh data=2 fsdp=256 tensor=1'
+    f'{job}-0-0.{domain}:8482; 512 devices, '
+    'mesh data=2 fsdp=256 context=1 tensor=1'
   )
 
 
@@ -180,7 +181,7 @@ def test_gke_gpus(run):
   command = [a.replace('$(JOB_COMPLETION_INDEX)', '2') for a in one['command']]
   assert run(command[1:]) == (
     f'process 2 of 4 by flags, coordinator {job}-0-0.{domain}:8476; '
-    '32 devices, mesh data=4 fsdp=8 tensor=1'
+    '32 devices, mesh data=4 fsdp=8 context=1 tensor=1'
   )
 
 
@@ -194,7 +195,7 @@ def test_xpk(run, on_a_tpu, tmp_path):
     TPU_WORKER_HOSTNAMES=','.join(f'host{n}' for n in range(64)),
   )
   assert said.startswith('process 64 of 128 by a TPU pod of GKE, ')
-  assert said.endswith('512 devices, mesh data=2 fsdp=256 tensor=1')
+  assert said.endswith('512 devices, mesh data=2 fsdp=256 context=1 tensor=1')
 
 
 def test_a_tpu_pod(run, on_a_tpu, tmp_path, monkeypatch):
@@ -209,7 +210,7 @@ def test_a_tpu_pod(run, on_a_tpu, tmp_path, monkeypatch):
   monkeypatch.delenv('TPU_SKIP_MDS_QUERY', raising=False)
   assert run(arguments_in('tpu_pod.sh', tmp_path)) == (
     'process 63 of 64 by a TPU pod, coordinator 10.0.0.0:8482; '
-    '256 devices, mesh data=1 fsdp=256 tensor=1'
+    '256 devices, mesh data=1 fsdp=256 context=1 tensor=1'
   )
 
 

@@ -30,14 +30,21 @@ def spanning(devices) -> set[str]:
 
 
 @pytest.mark.parametrize(
-  'config, hosts, each, shape',
+  ('config', 'hosts', 'each', 'shape'),
   [
-    (MeshConfig(data=4, fsdp=8, across=('data',)), 4, 8, (4, 8, 1)),
-    (MeshConfig(fsdp=-1, across=('fsdp',)), 4, 8, (1, 32, 1)),
-    (MeshConfig(2, -1, 4, across=('data', 'fsdp')), 4, 8, (2, 4, 4)),
+    (MeshConfig(data=4, fsdp=8, across=('data',)), 4, 8, (4, 8, 1, 1)),
+    (MeshConfig(fsdp=-1, across=('fsdp',)), 4, 8, (1, 32, 1, 1)),
+    (MeshConfig(2, -1, 4, across=('data', 'fsdp')), 4, 8, (2, 4, 1, 4)),
     # 6 hosts: 2 of them along data, 3 along fsdp.
-    (MeshConfig(4, 3, 4, across=('data', 'fsdp')), 6, 8, (4, 3, 4)),
-    (MeshConfig(fsdp=8, across=('data',)), 1, 8, (1, 8, 1)),
+    (MeshConfig(4, 3, 4, across=('data', 'fsdp')), 6, 8, (4, 3, 1, 4)),
+    (MeshConfig(fsdp=8, across=('data',)), 1, 8, (1, 8, 1, 1)),
+    # A sequence's devices side by side: two hosts of each ring.
+    (
+      MeshConfig(2, -1, 2, context=4, across=('data', 'context')),
+      4,
+      8,
+      (2, 2, 4, 2),
+    ),
   ],
 )
 @pytest.mark.parametrize('processes_each', [1, 8])

@@ -153,10 +153,13 @@ def test_the_map_names_each_device_once():
     mesh_lib.make_mesh(MeshConfig(2, 4), jax.devices()), ['node7']
   )
   head, line = text.splitlines()
-  assert head == '8 devices of 1 processes, mesh data=2 fsdp=4 tensor=1'
-  assert line.split() == (
-    'process 0 node7 8 x cpu ids 0-7 data=0-1 fsdp=0-3 tensor=0'.split()
+  assert (
+    head == '8 devices of 1 processes, mesh data=2 fsdp=4 context=1 tensor=1'
   )
+  assert line.split() == [
+    'process', '0', 'node7', '8', 'x', 'cpu', 'ids', '0-7',
+    'data=0-1', 'fsdp=0-3', 'context=0', 'tensor=0',
+  ]  # fmt: skip
   assert processes._ranges([9, 3, 1, 2, 9]) == '1-3,9'
 
 

@@ -7,7 +7,7 @@ from tritera_jax.parallel import rules
 
 def test_axes_without_a_rule_stay_whole():
   assert rules.spec(('layers', 'embed', 'mlp')) == PartitionSpec(
-    None, 'fsdp', 'tensor'
+    None, ('fsdp', 'context'), 'tensor'
   )
 
 
@@ -16,3 +16,5 @@ def test_two_dimensions_on_one_mesh_axis_are_refused():
     rules.spec(('heads', 'mlp'))
   with pytest.raises(ValueError, match='cannot split two dimensions'):
     rules.spec(('batch', 'embed'))
+  with pytest.raises(ValueError, match='cannot split two dimensions'):
+    rules.spec(('sequence', 'embed'))

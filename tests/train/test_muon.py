@@ -13,6 +13,7 @@ from tests.train.test_step import batch
 from tritera_jax.checkpoint import restore, save
 from tritera_jax.experiment import MuonConfig, OptimizerConfig
 from tritera_jax.model import decoder
+from tritera_jax.parallel import collectives
 from tritera_jax.parallel import mesh as mesh_lib
 from tritera_jax.ternary.schedule import TriLMSchedule
 from tritera_jax.train import muon, optimizer, step
@@ -173,25 +174,48 @@ def test_every_mesh_makes_the_same_update():
   grads = jax.tree.map(
     lambda p: np.float32(rng.standard_normal(p.shape)), params
   )
-  update = optimizer.make(EXPERIMENT.optimizer, 12)
+  update = optimizer.make(
+    EXPERIMENT.optimizer, 12, decoder.logical_axes(EXPERIMENT.model)
+  )
 
   def updates(config):
     mesh = mesh_of(config)
     placed = step.shardings(EXPERIMENT, mesh)
     with jax.set_mesh(mesh):
-      return jax.jit(
-        lambda grads, params: update.update(grads, update.init(params), params),
-        in_shardings=(placed.params, placed.params),
-        out_shardings=(placed.params, placed.opt_state),
-      )(grads, params)
+      program = (
+        jax.jit(
+          lambda grads, params: update.update(
+            grads, update.init(params), params
+          ),
+          in_shardings=(placed.params, placed.params),
+          out_shardings=(placed.params, placed.opt_state),
+        )
+        .lower(grads, params)
+        .compile()
+      )
+      there = jax.device_put((grads, params), (placed.params, placed.params))
+      return program(*there), collectives.of(program)
 
-  jax.tree.map(
-    lambda a, b: np.testing.assert_allclose(
-      a, b, rtol=1e-4, atol=1e-5 * np.abs(b).max()
-    ),
-    updates(FOUR),
-    updates(ONE),
-  )
+  want, _ = updates(ONE)
+  for config in (FOUR, mesh_lib.MeshConfig(fsdp=2, context=2)):
+    got, sent = updates(config)
+    jax.tree.map(
+      lambda a, b: np.testing.assert_allclose(
+        a, b, rtol=1e-4, atol=1e-5 * np.abs(b).max()
+      ),
+      got,
+      want,
+    )
+    # Norms, and every matrix there and back along each axis that splits it.
+    bytes_of = collectives.bytes_per_device(sent)
+    assert bytes_of.keys() == {'all-reduce', 'all-to-all'}
+    assert bytes_of['all-reduce'] < 200
+    L, devices = EXPERIMENT.model.layers, 4
+    weights = sum(
+      spec[0] * spec[1] for spec in EXPERIMENT.model.linears.values()
+    )
+    share = 4 * weights * max(L, devices) / devices
+    assert bytes_of['all-to-all'] <= 2 * 2 * share / 2
 
 
 def test_it_learns_and_its_state_is_kept_in_its_shards():
@@ -204,7 +228,9 @@ def test_it_learns_and_its_state_is_kept_in_its_shards():
     ('head', 2, params['head']['kernel']),
   ):
     layers = [None] * (kernel.ndim - 2)
-    assert kernel.sharding.spec == PartitionSpec(*layers, 'fsdp', 'tensor')
+    assert kernel.sharding.spec == PartitionSpec(
+      *layers, ('fsdp', 'context'), 'tensor'
+    )
     found = [
       leaf
       for path, leaf in jax.tree_util.tree_leaves_with_path(state.opt_state)

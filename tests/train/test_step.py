@@ -123,7 +123,9 @@ def test_state_is_made_and_kept_in_its_shards():
   config = mesh_lib.MeshConfig(fsdp=4, tensor=2)
   _, _, state = losses(EXPERIMENT, config, 8, 1)
   kernel = state.params['layers']['mlp']['up']['kernel']
-  assert kernel.sharding.spec == PartitionSpec(None, 'fsdp', 'tensor')
+  assert kernel.sharding.spec == PartitionSpec(
+    None, ('fsdp', 'context'), 'tensor'
+  )
   assert kernel.addressable_shards[0].data.shape == (2, 8, 32)
   moments = [
     leaf

@@ -12,8 +12,9 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int32
 
-from tritera_jax.model import layers
+from tritera_jax.model import layers, ring
 from tritera_jax.model.config import ModelConfig
+from tritera_jax.parallel import zigzag
 
 
 class KVCache(NamedTuple):
@@ -64,7 +65,8 @@ class Attention(nnx.Module):
     """Attends to earlier positions of the sequence, or of the cache.
 
     Without a cache, and with `documents_BT`, to those of the same number.
-    With a cache the T keys and values are written at each row's
+    If several devices share a sequence, its tokens come as `zigzag.arrange`
+    has them. With a cache the T keys and values are written at each row's
     `positions_BT[:, 0]` onwards, and a query sees every slot up to its own
     position: slots past it may hold anything.
     """
@@ -78,7 +80,9 @@ class Attention(nnx.Module):
     q_BTHh = rotate(q_BTHh, positions_BT, config.rope_theta)
     k_BTGh = rotate(k_BTGh, positions_BT, config.rope_theta)
 
-    if cache is None:
+    if cache is None and zigzag.devices() > 1:
+      y_BTHh = ring.attention(q_BTHh, k_BTGh, v_BTGh, documents_BT)
+    elif cache is None:
       same_B1TT = None
       if documents_BT is not None:
         same_B1TT = (documents_BT[:, :, None] == documents_BT[:, None])[:, None]

@@ -18,21 +18,26 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Float32, Int32, PRNGKeyArray, PyTree
 
-from tritera_jax.model import layers
+from tritera_jax.model import layers, ring
 from tritera_jax.model.attention import Attention, KVCache
 from tritera_jax.model.config import ModelConfig
 from tritera_jax.model.mlp import MLP
 from tritera_jax.parallel import gather as gather_lib
-from tritera_jax.parallel import rules
+from tritera_jax.parallel import rules, zigzag
 from tritera_jax.parallel.gather import Gather
 from tritera_jax.ternary.layers import FloatLinear
 
 type Params = PyTree[Float[Array, '...']]
 Remat = Literal['none', 'dots', 'block']
 
+_policies = jax.checkpoint_policies
 _SAVED = {
-  'dots': jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
-  'block': jax.checkpoint_policies.nothing_saveable,
+  # Nor does it send keys and values round twice.
+  'dots': _policies.save_from_both_policies(
+    _policies.dots_with_no_batch_dims_saveable,
+    _policies.save_only_these_names(ring.SAVED),
+  ),
+  'block': _policies.nothing_saveable,
 }
 
 
@@ -53,7 +58,8 @@ class Block(nnx.Module):
     documents_BT: Int32[Array, 'B T'] | None = None,
   ) -> tuple[Float[Array, 'B T D'], KVCache | None]:
     # Without this the partitioner may split the width over the mesh.
-    x_BTD = rules.constrain(x_BTD, ('batch', None, None))
+    tokens = ('batch', 'sequence' if cache is None else None)
+    x_BTD = rules.constrain(x_BTD, (*tokens, None))
     y_BTD, cache = self.attention(
       self.attention_norm(x_BTD), positions_BT, cache, documents_BT
     )
@@ -126,24 +132,40 @@ class Decoder(nnx.Module):
   ) -> tuple[Float[Array, 'B T D'], KVCache | None]:
     """The residual stream past the last block; arguments as of a call.
 
-    `gather`: how devices that share the blocks' matrices make them whole.
+    Without a cache, sequences are split over a mesh's `context` axis. `gather`:
+    how devices that share the blocks' matrices make them whole.
     """
     documents_BT = None
     if cache is None:
       documents_BT = documents(self.config, tokens_BT)
     if positions_BT is None:
       positions_BT = positions(tokens_BT, documents_BT)
+    arrays_BT = tokens_BT, positions_BT, documents_BT
+    if cache is None:
+      arrays_BT = zigzag.arrange(arrays_BT)
+    arranged_BT, places_BT, documents_BT = arrays_BT
     graphdef, stacked = nnx.split(self.layers)
 
     def body(x_BTD, layer):
       params, cache = layer
       block = nnx.merge(graphdef, params)
       block.exchange(gather)
-      return block(x_BTD, positions_BT, cache, documents_BT)
+      return block(x_BTD, places_BT, cache, documents_BT)
 
     if remat != 'none':
       body = jax.checkpoint(body, policy=_SAVED[remat], prevent_cse=False)
-    return jax.lax.scan(body, self.embed(tokens_BT), (stacked, cache))
+    x_BTD = self._embedded(arranged_BT)
+    x_BTD, after = jax.lax.scan(body, x_BTD, (stacked, cache))
+    return x_BTD if cache is not None else zigzag.restore(x_BTD), after
+
+  def _embedded(self, tokens_BT) -> Float[Array, 'B T D']:
+    if zigzag.devices() == 1:
+      return self.embed(tokens_BT)
+    # Whole rows of the table: else XLA looks up each device's columns of every
+    # token of the batch.
+    table_VD = rules.constrain(self.embed.embedding[...], ('vocab', None))
+    table_VD = table_VD.astype(jnp.dtype(self.config.dtype))
+    return jnp.take(table_VD, tokens_BT, axis=0)
 
   def logits(
     self, x_BTD: Float[Array, '*batch D']

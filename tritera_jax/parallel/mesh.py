@@ -1,5 +1,35 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The device mesh: axes data, fsdp and tensor, inside and across hosts."""
+"""The device mesh: its axes, inside and across hosts.
+
+Why no pipeline axis. Of p stages with m sequences in flight each idles for
+(p - 1) / (m + p - 1) of a step. Devices that have t tokens of a step each make
+m = p t / T sequences of T tokens a pipeline of p, so that its bubble adds
+C (p - 1) T / (p t) to the C seconds of work. It saves exchange: a device
+reduces the gradients of P / p parameters, not P, which is N (p - 1) / p of N
+seconds. So it pays where
+
+  N / C > T / t, even if none of N is hidden behind the backward pass.
+
+Estimates, nothing here is measured: TriLM 3.9B (3.68e9 weights in matrices of
+3.99e9, 24.1 GFLOPs a token) at 2^20 tokens a step on 2,048 devices: t = 512,
+T / t = 4. C is at half the peak. Gathers are twice a step, gradients float32,
+over the fast network (8 devices; 256 of a v5e): 14.7 GB in bfloat16, 1.8 GB in
+2 bits, 16 GB of gradients, a share tensor = 8 makes 3.8 GB in all and 5.3 GB
+of activations. N is between hosts or slices: 8 bytes x P / 8 (or 256).
+
+  ms          GB/s fast, slow     C   gather 16, 2 bits   scatter     N  N / C
+  H100             450,  50      25       33,   4             35     80    3.2
+  MI250X (die)      50,  12.5   129      294,  37            319    319    2.5
+  TPU v5e          100,   3.1   126      147,  18            160     40    0.3
+
+It pays in no row. Interleaving v groups of layers a stage lowers T / t by v:
+on the H100s four stages of v = 7 (the 30 layers do not even divide) would take
+36 + 20 ms against 25 + 80. But so little work a device wants less exchange
+whatever the layout, and what halves N (bfloat16 gradients, twice the batch) or
+sends it every hundredth step (an outer loop) has no bubble and no second
+program. Nor does memory ask for stages: the 64 GB of training state are 8 GB
+a device of eight. It would for a model that these eight cannot hold.
+"""
 
 import collections
 from collections.abc import Sequence
@@ -12,7 +42,8 @@ from jax.experimental import mesh_utils
 from jax.sharding import AxisType, Mesh
 import numpy as np
 
-AXES = ('data', 'fsdp', 'tensor')
+# The last lie closest together: tensor parallelism waits for each exchange.
+AXES = ('data', 'fsdp', 'context', 'tensor')
 
 
 @dataclasses.dataclass(frozen=True)
@@ -23,6 +54,8 @@ class MeshConfig:
     data: copies of the model, each with its share of the batch.
     fsdp: devices that share parameters, optimizer state and batch.
     tensor: devices that split heads, the MLP and the vocabulary.
+    context: devices that share each sequence, and parameters and optimizer
+      state as those of fsdp do.
     across: axes that may span the slow network between TPU slices, or between
       hosts; the first takes as much of it as its size allows, the next what is
       left. All others stay inside a slice or host. Empty: JAX's own order.
@@ -31,7 +64,8 @@ class MeshConfig:
   data: int = 1
   fsdp: int = -1
   tensor: int = 1
-  across: tuple[Literal['data', 'fsdp', 'tensor'], ...] = ()
+  context: int = 1
+  across: tuple[Literal['data', 'fsdp', 'context', 'tensor'], ...] = ()
 
   def __post_init__(self):
     if len(self.across) != len(set(self.across)):

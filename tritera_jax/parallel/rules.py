@@ -7,6 +7,7 @@ dimension when there is no mesh, stay whole.
 """
 
 from collections.abc import Sequence
+import math
 
 import jax
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
@@ -15,7 +16,10 @@ import numpy as np
 
 RULES: dict[str, str | tuple[str, ...]] = {
   'batch': ('data', 'fsdp'),
-  'embed': 'fsdp',
+  'sequence': 'context',
+  # Devices that share a sequence would else hold the same weights, and sum
+  # their gradients over context where they now scatter them.
+  'embed': ('fsdp', 'context'),
   'heads': 'tensor',
   'kv_heads': 'tensor',
   'mlp': 'tensor',
@@ -42,6 +46,20 @@ def spec(axes: tuple[str | None, ...]) -> PartitionSpec:
       'dimensions'
     )
   return PartitionSpec(*entries)
+
+
+def splits(axis: str | None) -> tuple[str, ...]:
+  """The axes, larger than 1, of the mesh in use that split a logical axis."""
+  mesh = jax.sharding.get_abstract_mesh()
+  names = RULES.get(axis, ()) if axis and not mesh.empty else ()
+  names = (names,) if isinstance(names, str) else names
+  return tuple(name for name in names if mesh.shape[name] > 1)
+
+
+def divisor(*axes: str | None) -> int:
+  """Into how many parts the mesh in use splits these logical axes."""
+  sizes = jax.sharding.get_abstract_mesh().shape
+  return math.prod(sizes[name] for axis in axes for name in splits(axis))
 
 
 def shardings(mesh: Mesh, logical_axes: PyTree) -> PyTree[NamedSharding]:

@@ -7,7 +7,8 @@ scale * codes, the gradient of that product goes to the latents unchanged (no
 clipping mask, nothing through the scale), and the input's gradient passes
 through the quantised matrix.
 
-Shapes: M tokens, K inputs, N outputs, S scale blocks.
+Shapes: M tokens (two axes, if `zigzag.merged` leaves them so), K inputs,
+N outputs, S scale blocks.
 """
 
 import functools
@@ -18,6 +19,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Float32
 
+from tritera_jax.parallel import zigzag
 from tritera_jax.ternary import quantize
 from tritera_jax.ternary.quantize import Family, ScaleAxis
 
@@ -43,7 +45,7 @@ def _dot(a, b, contract_a: int, contract_b: int, dtype) -> jax.Array:
   return jax.lax.dot_general(
     a,
     b,
-    (((contract_a,), (contract_b,)), ((), ())),
+    (((contract_a % a.ndim,), (contract_b,)), ((), ())),
     preferred_element_type=dtype,
   )
 
@@ -63,11 +65,11 @@ def _forward(x_MK, w_KN, family, blocks, axis, exchange):
   # The scale multiplies float32 sums rather than low-precision weights.
   if axis == 'out':
     scale_N = quantize.per_entry(scale_S, w_KN.shape[1])
-    y_MN = _dot(x_MK, codes_KN, 1, 0, jnp.float32) * scale_N
+    y_MN = _dot(x_MK, codes_KN, -1, 0, jnp.float32) * scale_N
   else:
     scale_K = quantize.per_entry(scale_S, w_KN.shape[0])
     scaled_MK = (x_MK * scale_K).astype(x_MK.dtype)
-    y_MN = _dot(scaled_MK, codes_KN, 1, 0, jnp.float32)
+    y_MN = _dot(scaled_MK, codes_KN, -1, 0, jnp.float32)
   return y_MN.astype(x_MK.dtype), (x_MK, kept, scale_S)
 
 
@@ -80,12 +82,15 @@ def _backward(family, blocks, axis, exchange, residuals, g_MN):
   if axis == 'out':
     scale_N = quantize.per_entry(scale_S, codes_KN.shape[1])
     scaled_MN = (g_MN * scale_N).astype(g_MN.dtype)
-    dx_MK = _dot(scaled_MN, codes_KN, 1, 1, jnp.float32)
+    dx_MK = _dot(scaled_MN, codes_KN, -1, 1, jnp.float32)
   else:
     scale_K = quantize.per_entry(scale_S, codes_KN.shape[0])
-    dx_MK = _dot(g_MN, codes_KN, 1, 1, jnp.float32) * scale_K
+    dx_MK = _dot(g_MN, codes_KN, -1, 1, jnp.float32) * scale_K
   if exchange is None:
-    dw_KN = _dot(x_MK, g_MN, 0, 0, jnp.float32)
+    M = tuple(range(g_MN.ndim - 1))
+    dw_KN = jax.lax.dot_general(
+      x_MK, g_MN, ((M, M), ((), ())), preferred_element_type=jnp.float32
+    )
   else:
     dw_KN = exchange.product(x_MK, g_MN)
   return dx_MK.astype(x_MK.dtype), dw_KN
@@ -137,7 +142,7 @@ def straight_through_matmul(
   """
   if blocks == 1:
     axis = 'out'  # one scale: multiply the sums, whichever axis it is said of
-  x_MK = x.reshape(-1, x.shape[-1])
+  x_MK = zigzag.merged(x)
   y_MN: jax.Array = _straight_through(
     x_MK, w_KN, family, blocks, axis, exchange
   )
@@ -174,7 +179,7 @@ class FloatLinear(nnx.Module):
     w_KN = self.kernel[...]
     if self.exchange is None:
       return jnp.dot(x, w_KN.astype(x.dtype))
-    x_MK = x.reshape(-1, x.shape[-1])
+    x_MK = zigzag.merged(x)
     y_MN: jax.Array = _float_matmul(x_MK, w_KN, self.exchange)
     return y_MN.reshape(*x.shape[:-1], w_KN.shape[1])
 

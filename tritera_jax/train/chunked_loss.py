@@ -18,7 +18,7 @@ gradient summed once, whatever the number of chunks; a chunk's sums over the
 vocabulary are three numbers a token.
 
 Shapes: B rows, T tokens of a row, D width, V columns of the head; N tokens of
-this device, C of a chunk, K chunks. Inside `_local`, B, V and the first axis
+this device, C of a chunk, K chunks. Inside `_local`, B, T, V and the first axis
 of the head are this device's share.
 """
 
@@ -114,9 +114,9 @@ _objective.defvjp(_forward, _backward)
 
 
 class _Axes(NamedTuple):
-  """The mesh axes that split the rows of a batch, and the head's two."""
+  """The mesh axes that split the tokens of a batch, and the head's two."""
 
-  batch: tuple[str, ...] = ()
+  tokens: tuple[str, ...] = ()
   embed: tuple[str, ...] = ()
   vocab: tuple[str, ...] = ()
 
@@ -127,11 +127,13 @@ def _computed(settings, with_gradients, *arrays):
   if jax.sharding.get_abstract_mesh().empty:
     nats_BT, squared_BT, gradients = local(_Axes(), *arrays)
   else:
-    hidden = rules.spec(('batch', None, None))
+    hidden = rules.spec(('batch', 'sequence', None))
     head = rules.spec(('embed', 'vocab'))
-    tokens = rules.spec(('batch', None))
-    entries = hidden[0], head[0], head[1]
-    axes = _Axes(*((e,) if isinstance(e, str) else e or () for e in entries))
+    tokens = rules.spec(('batch', 'sequence'))
+    names = lambda entry: (entry,) if isinstance(entry, str) else entry or ()
+    axes = _Axes(
+      (*names(tokens[0]), *names(tokens[1])), names(head[0]), names(head[1])
+    )
     nats_BT, squared_BT, gradients = jax.shard_map(
       functools.partial(local, axes),
       in_specs=(hidden, head, tokens, tokens),
@@ -208,7 +210,7 @@ def _local(settings, with_gradients, axes, x_BTD, w_DV, targets_BT, weights_BT):
     return *losses_BT, None
   if axes.embed:
     dw_DV = jax.lax.psum_scatter(dw_DV, axes.embed, tiled=True)
-  rest = tuple(axis for axis in axes.batch if axis not in axes.embed)
+  rest = tuple(axis for axis in axes.tokens if axis not in axes.embed)
   dx_BTD = dx_KCD.reshape(-1, D)[:N].reshape(x_BTD.shape)
   return *losses_BT, (dx_BTD, _sum(dw_DV, rest))
 

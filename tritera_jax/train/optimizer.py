@@ -20,8 +20,19 @@ def decayed(params: PyTree) -> PyTree[bool]:
   return jax.tree_util.tree_map_with_path(is_matrix, params)
 
 
-def make(config: OptimizerConfig, steps: int) -> optax.GradientTransformation:
-  """The update rule of a run of `steps` steps."""
+def make(
+  config: OptimizerConfig,
+  steps: int,
+  axes: PyTree[tuple[str | None, ...]] | None = None,
+) -> optax.GradientTransformation:
+  """The update rule of a run of `steps` steps.
+
+  Args:
+    config: its settings.
+    steps: of the run.
+    axes: logical axes of each parameter, by which Muon moves matrices over a
+      mesh; None: XLA moves parts of them.
+  """
   schedule = config.schedule
 
   def rate(step):
@@ -39,5 +50,5 @@ def make(config: OptimizerConfig, steps: int) -> optax.GradientTransformation:
     mask=decayed,
   )
   if config.muon is not None:
-    update = muon.beside(update, config.muon, rate, decay)
+    update = muon.beside(update, config.muon, rate, decay, axes)
   return optax.chain(optax.clip_by_global_norm(config.clip_norm), update)

@@ -3,6 +3,7 @@
 
 from collections.abc import Mapping
 import functools
+import math
 from typing import NamedTuple
 
 import jax
@@ -113,10 +114,10 @@ def batch_sharding(mesh: Mesh) -> NamedSharding:
 
 
 def check_batch(experiment: Experiment, sizes: Mapping[str, int]):
-  """Refuses a batch that a mesh of these axis sizes cannot divide.
+  """Refuses what a mesh of these axis sizes cannot divide.
 
   Raises:
-    ValueError: it cannot.
+    ValueError: it cannot divide the batch, its sequences or the model.
   """
   rows, parts = experiment.data.batch_size, experiment.run.accumulation
   shares = sizes['data'] * sizes['fsdp']
@@ -125,6 +126,25 @@ def check_batch(experiment: Experiment, sizes: Mapping[str, int]):
       f'data.batch_size={rows} must be a multiple of run.accumulation={parts} '
       f'x mesh.data={sizes["data"]} x mesh.fsdp={sizes["fsdp"]}'
     )
+  context, model = sizes['context'], experiment.model
+  if context == 1:
+    return
+  T = experiment.data.sequence_length
+  if T % (2 * context):
+    raise ValueError(
+      f'data.sequence_length={T} must be a multiple of 2 x mesh.context='
+      f'{context}: each device takes an early and a late part of a sequence'
+    )
+  for field, value, axes in (
+    ('kv_heads', model.kv_heads, ('tensor',)),
+    ('d_model', model.d_model, ('fsdp', 'context')),
+  ):
+    if value % math.prod(sizes[axis] for axis in axes):
+      raise ValueError(
+        f'model.{field}={value} must be a multiple of '
+        + ' x '.join(f'mesh.{axis}={sizes[axis]}' for axis in axes)
+        + f', with mesh.context={context}'
+      )
 
 
 def init_state(experiment: Experiment) -> TrainState:
@@ -157,7 +177,9 @@ def train_step(
     & jnp.isfinite(measured['gradient_norm'])
     & (state.step == n)
   )
-  update = optimizer.make(config, run.steps)
+  update = optimizer.make(
+    config, run.steps, decoder.logical_axes(experiment.model)
+  )
   updates, opt_state = update.update(grads, state.opt_state, state.params)
   after = TrainState(
     state.step + 1,
