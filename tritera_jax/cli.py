@@ -161,6 +161,50 @@ def _show(args: list[str]):
   _with_overrides('show', args, show)
 
 
+def _plan(args: list[str]):
+  from tritera_jax.experiment import Experiment
+  from tritera_jax.plan.reliability import Assumptions
+
+  def plan(
+    experiment: Annotated[Experiment, _BARE] = _resolve('plan', args),
+    assume: Assumptions = Assumptions(),
+    *,
+    target: str,
+    tokens: float | None = None,
+    compare: bool = True,
+    compiles: int = 1,
+    check: int = 0,
+  ):
+    """What a run would take on a machine that is not here, and how to lay it
+    out there. Every line says whether it is exact, compiled or an estimate.
+
+    Args:
+      experiment: as the file says, but for what is given here.
+      assume: about failures and saves.
+      target: CHIP-N, such as v5e-256 or h100-1024; `here` is this machine,
+        measured on the spot.
+      tokens: of the whole run, in place of run.steps.
+      compare: meshes, remat policies and parts of the batch; without: plan
+        with those of the experiment.
+      compiles: how many of the best to compile, where libtpu is installed.
+      check: steps to train here on random tokens, to compare the estimates
+        with; only with --target here.
+    """
+    from tritera_jax.plan import command
+
+    command.run(
+      experiment,
+      target,
+      assumed=assume,
+      tokens=tokens,
+      compare=compare,
+      compiles=compiles,
+      check=check,
+    )
+
+  _with_overrides('plan', args, plan)
+
+
 def _eval(args: list[str]):
   from tritera_kernels.matmul import Activations
 
@@ -327,6 +371,7 @@ VERBS = {
   'pack': (_pack, 'ternary weights to 2 or 1.6 bits'),
   'generate': (_generate, 'continue a prompt'),
   'show': (_show, "an experiment's size and cost, without running it"),
+  'plan': (_plan, 'time, memory and layout of a run on another machine'),
   'doctor': (_doctor, 'check the kernels on this machine'),
 }
 

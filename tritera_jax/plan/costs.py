@@ -172,7 +172,9 @@ def of(experiment: Experiment, target: Target) -> Costs:
   )
   split = sizes['fsdp'] * sizes['tensor']
   work += _muon_flops(experiment) / split
-  state, parameters = state_bytes(experiment, sizes)
+  state, parameters = state_bytes(
+    stateless(experiment), tuple(sizes.items())
+  )
   # Read gradients, state and parameters; write the latter two.
   moved += 2 * state + parameters
 
@@ -206,14 +208,14 @@ def of(experiment: Experiment, target: Target) -> Costs:
   )
 
 
+@functools.lru_cache(maxsize=1024)
 def state_bytes(
-  experiment: Experiment, sizes: dict[str, int]
+  experiment: Experiment, sizes: tuple[tuple[str, int], ...]
 ) -> tuple[float, float]:
   """Bytes of a device: of the whole state, and of the parameters in it."""
-  mesh = AbstractMesh(
-    tuple(sizes.values()), tuple(sizes), (AxisType.Auto,) * len(sizes)
-  )
-  state = _abstract_state(_stateless(experiment))
+  axes, lengths = zip(*sizes, strict=True)
+  mesh = AbstractMesh(lengths, axes, (AxisType.Auto,) * len(axes))
+  state = jax.eval_shape(lambda: step.init_state(experiment))
   placed = step.shardings(experiment, mesh)  # type: ignore
 
   def count(leaves, shardings):
@@ -227,15 +229,10 @@ def state_bytes(
   return count(state, placed), count(state.params, placed.params)
 
 
-def _stateless(experiment: Experiment) -> Experiment:
-  """The same state, whatever the mesh and the policy."""
+def stateless(experiment: Experiment) -> Experiment:
+  """One experiment for all that have the same state."""
   run = dataclasses.replace(experiment.run, remat='none', accumulation=1)
   return dataclasses.replace(experiment, mesh=MeshConfig(), run=run)
-
-
-@functools.lru_cache
-def _abstract_state(experiment: Experiment) -> step.TrainState:
-  return jax.eval_shape(lambda: step.init_state(experiment))
 
 
 def _share(experiment: Experiment, sizes: dict[str, int]) -> Experiment:
@@ -273,7 +270,7 @@ def _with(share: Experiment, rows: int = 1, remat=None, layers=None):
   )
 
 
-@functools.lru_cache
+@functools.lru_cache(maxsize=1024)
 def _counts(share: Experiment) -> tuple[float, float]:
   """FLOPs of the matmuls of a step, and the bytes that they touch."""
   jaxpr = jax.make_jaxpr(functools.partial(step.train_step, share))(
@@ -320,7 +317,7 @@ def _programs(params: dict[str, Any]) -> list[core.Jaxpr]:
   return found
 
 
-@functools.lru_cache
+@functools.lru_cache(maxsize=1024)
 def _residuals(share: Experiment) -> tuple[float, float]:
   """Bytes that the forward pass of the blocks keeps for the backward pass.
 

@@ -1,0 +1,140 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Ways to lay a run out on a target, and which of them is best."""
+
+from collections.abc import Iterator
+import dataclasses
+import typing
+
+from tritera_jax.experiment import Experiment
+from tritera_jax.model.decoder import Remat
+from tritera_jax.plan import costs
+from tritera_jax.plan.costs import Costs
+from tritera_jax.plan.targets import Target
+
+REMATS: tuple[Remat, ...] = typing.get_args(Remat)
+# Past it a matrix's share is too small for a matrix unit.
+_MOST_TENSOR = 16
+
+
+@dataclasses.dataclass(frozen=True)
+class Choice:
+  """An experiment laid out in one way, and what that costs."""
+
+  experiment: Experiment
+  costs: Costs
+
+  @property
+  def flags(self) -> str:
+    """As a command line says it."""
+    mesh, run = self.experiment.mesh, self.experiment.run
+    return (
+      f'--mesh.data {mesh.data} --mesh.fsdp {mesh.fsdp} --mesh.tensor '
+      f'{mesh.tensor} --run.remat {run.remat} --run.accumulation '
+      f'{run.accumulation}'
+    )
+
+
+def ranked(experiment: Experiment, target: Target) -> list[Choice]:
+  """For each mesh the best way, fastest first; then those that do not fit.
+
+  Of each mesh every remat policy is tried, each with the fewest parts of the
+  batch that fit.
+
+  Raises:
+    ValueError: no mesh divides the model and the batch over the devices.
+  """
+  best, refusal = [], None
+  for data, fsdp, tensor in meshes(target.devices):
+    of_mesh = []
+    for remat in REMATS:
+      try:
+        of_mesh.append(_fewest_parts(
+          experiment, target, data=data, fsdp=fsdp, tensor=tensor, remat=remat
+        ))  # fmt: skip
+      except ValueError as error:
+        refusal = refusal or error
+        break
+    if of_mesh:
+      best.append(min(of_mesh, key=_order))
+  if not best:
+    raise ValueError(
+      f'--target {target.name}: no mesh of {target.devices} devices divides '
+      f'the model and data.batch_size={experiment.data.batch_size} (the first '
+      f'of them: {refusal}); give a larger batch or fewer devices'
+    )
+  return sorted(best, key=_order)
+
+
+def own(experiment: Experiment, target: Target) -> Choice:
+  """The experiment as it is.
+
+  Raises:
+    ValueError: its mesh does not fit the target, the model or the batch.
+  """
+  sizes = costs.check_mesh(experiment, target.devices)
+  mesh = dataclasses.replace(experiment.mesh, **sizes)
+  experiment = dataclasses.replace(experiment, mesh=mesh)
+  return Choice(experiment, costs.of(experiment, target))
+
+
+def meshes(devices: int) -> Iterator[tuple[int, int, int]]:
+  """Sizes of data, fsdp and tensor that make up so many devices."""
+  for tensor in _divisors(devices):
+    if tensor <= _MOST_TENSOR:
+      for fsdp in _divisors(devices // tensor):
+        yield devices // tensor // fsdp, fsdp, tensor
+
+
+def why_not(choice: Choice, best: Choice) -> str:
+  """Why another is proposed."""
+  theirs, ours = choice.costs, best.costs
+  if not theirs.fits:
+    return (
+      f'needs {theirs.peak_memory / 1e9:.1f} GB of '
+      f'{theirs.capacity / 1e9:.1f}'
+    )
+  more = {
+    name: getattr(theirs, term) - getattr(ours, term)
+    for name, term in (
+      ('compute', 'compute'), ('memory traffic', 'reading'),
+      ('network', 'network'),
+    )
+  }  # fmt: skip
+  name = max(more, key=lambda term: more[term])
+  if theirs.seconds < 1.02 * ours.seconds:
+    return 'as fast, by this estimate'
+  return f'{theirs.seconds / ours.seconds:.2f}x: {name} +{more[name]:.3g} s'
+
+
+def _order(choice: Choice) -> tuple[bool, float, float]:
+  cost = choice.costs
+  speed = cost.seconds if cost.fits else cost.peak_memory
+  return not cost.fits, speed, cost.peak_memory
+
+
+def _fewest_parts(
+  experiment: Experiment, target: Target, *, remat: Remat, **sizes: int
+) -> Choice:
+  mesh = dataclasses.replace(experiment.mesh, **sizes)
+  shares = sizes['data'] * sizes['fsdp']
+  rows = experiment.data.batch_size
+  if rows % shares:
+    raise ValueError(
+      f'data.batch_size={rows} is no multiple of mesh.data={sizes["data"]} x '
+      f'mesh.fsdp={sizes["fsdp"]}'
+    )
+  choice = None
+  for parts in _divisors(rows // shares):
+    run = dataclasses.replace(
+      experiment.run, remat=remat, accumulation=parts
+    )
+    laid_out = dataclasses.replace(experiment, mesh=mesh, run=run)
+    choice = Choice(laid_out, costs.of(laid_out, target))
+    if choice.costs.fits:
+      break
+  assert choice is not None
+  return choice
+
+
+def _divisors(n: int) -> list[int]:
+  return [d for d in range(1, n + 1) if n % d == 0]
