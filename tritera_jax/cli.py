@@ -205,6 +205,40 @@ def _plan(args: list[str]):
   _with_overrides('plan', args, plan)
 
 
+def _bench(args: list[str]):
+  from tritera_jax import experiment as experiment_lib
+  from tritera_jax.train import bench
+
+  if args[:1] != ['train']:
+    print('usage: tritera bench train [EXPERIMENT ...] [OPTIONS]')
+    raise SystemExit(0 if args[:1] in (['-h'], ['--help']) else 2)
+
+  def train(
+    experiments: Positional[tuple[str, ...]] = (),
+    options: Annotated[bench.Options, _BARE] = bench.Options(),
+    spectra: bool = False,
+    out: Path | None = None,
+  ):
+    """Times training steps of experiments and of their twins, turn by turn.
+
+    Args:
+      experiments: EXPERIMENT.py or EXPERIMENT.py:NAME; several.
+      options: how they are timed.
+      spectra: also TriLM 99M, 390M and 1.1B of experiments/spectra.py, in
+        batches for one GPU.
+      out: folder for train.jsonl and train.md.
+    """
+    named = {name: experiment_lib.load(name) for name in experiments}
+    if spectra:
+      options, more = bench.spectra(options)
+      named |= more
+    if not named:
+      raise ValueError('no experiment; name one, or give --spectra')
+    bench.run(named, options, out, functools.partial(print, flush=True))
+
+  tyro.cli(train, args=args[1:], prog='tritera bench train')
+
+
 def _eval(args: list[str]):
   from tritera_kernels.matmul import Activations
 
@@ -372,6 +406,7 @@ VERBS = {
   'generate': (_generate, 'continue a prompt'),
   'show': (_show, "an experiment's size and cost, without running it"),
   'plan': (_plan, 'time, memory and layout of a run on another machine'),
+  'bench': (_bench, 'time training steps beside their float twin'),
   'doctor': (_doctor, 'check the kernels on this machine'),
 }
 

@@ -21,6 +21,15 @@ from tritera_jax.plan import targets
 from tritera_jax.plan.targets import Target
 from tritera_jax.train import step
 
+# Read when libtpu is loaded. Ask no cloud which machine this is; look for no
+# TPU, and do not warn that there is none; let others compile at the same time,
+# for no chip is held.
+_ENVIRONMENT = {
+  'TPU_SKIP_MDS_QUERY': '1',
+  'TPU_ACCELERATOR_TYPE': 'v5litepod-8',
+  'TPU_WORKER_HOSTNAMES': 'localhost',
+  'ALLOW_MULTIPLE_LIBTPU_LOAD': '1',
+}
 # One device for the two cores of a chip, as JAX has it on a real one.
 _OPTIONS = {'v4': {'chip_config_name': 'megacore'}}
 
@@ -69,17 +78,23 @@ def devices(target: Target) -> list:
   reason = why_not(target)
   if reason:
     raise ValueError(f'--target {target.name}: {reason}')
-  # Read when libtpu is loaded: ask no cloud which machine this is.
-  os.environ.setdefault('TPU_SKIP_MDS_QUERY', '1')
-  found = topologies.get_topology_desc(
-    platform='tpu',
-    topology_name=targets.topology_name(target),
-    **_OPTIONS.get(target.chip.topology, {}),
-  ).devices
+  for name, value in _ENVIRONMENT.items():
+    os.environ.setdefault(name, value)
+  try:
+    found = topologies.get_topology_desc(
+      platform='tpu',
+      topology_name=targets.topology_name(target),
+      **_OPTIONS.get(target.chip.topology, {}),
+    ).devices
+  except jax.errors.JaxRuntimeError as error:
+    raise ValueError(
+      f'--target {target.name}: libtpu does not start ({error}); see whether '
+      'another process holds it, or plan with --compiles 0'
+    ) from error
   if len(found) != target.devices:
     raise ValueError(
       f'--target {target.name}: libtpu has {len(found)} devices in it; '
-      'plan without --compile'
+      'plan with --compiles 0'
     )
   return list(found)
 
