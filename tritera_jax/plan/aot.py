@@ -51,8 +51,11 @@ class Compiled:
   seconds: float
 
 
-class DoesNotFit(ValueError):
-  """The compiler finds no room; its own words."""
+_WORDS = 240  # of an error
+
+
+class Refused(ValueError):
+  """The compiler finds no room, or fails; its own words, in short."""
 
 
 def why_not(target: Target) -> str | None:
@@ -80,10 +83,12 @@ def devices(target: Target) -> list:
     raise ValueError(f'--target {target.name}: {reason}')
   for name, value in _ENVIRONMENT.items():
     os.environ.setdefault(name, value)
+  name = targets.topology_name(target)
+  assert name is not None  # by `why_not`
   try:
     found = topologies.get_topology_desc(
       platform='tpu',
-      topology_name=targets.topology_name(target),
+      topology_name=name,
       **_OPTIONS.get(target.chip.topology, {}),
     ).devices
   except jax.errors.JaxRuntimeError as error:
@@ -103,7 +108,8 @@ def compile(experiment: Experiment, target: Target) -> Compiled:
   """Compiles the experiment's step by its own mesh.
 
   Raises:
-    DoesNotFit: the program needs more memory than a device has.
+    Refused: the program needs more memory than a device has, or the compiler
+      fails.
     ValueError: there is no compiler, or the mesh does not fit.
   """
   return compile_on(experiment, devices(target), 'tpu')
@@ -113,9 +119,8 @@ def compile_on(experiment: Experiment, devices: list, platform: str):
   """Compiles the step for these devices, described or real."""
   mesh = mesh_lib.make_mesh(experiment.mesh, devices)
   # Both outside the mesh's context: they make small arrays right here.
-  state, update = step.abstract_state(experiment, mesh), step.jitted(
-    experiment, mesh
-  )
+  state = step.abstract_state(experiment, mesh)
+  update = step.jitted(experiment, mesh)
   data = experiment.data
   tokens_BT1 = jax.ShapeDtypeStruct(
     (data.batch_size, data.sequence_length + 1),
@@ -124,15 +129,17 @@ def compile_on(experiment: Experiment, devices: list, platform: str):
   )
   started = time.perf_counter()
   with jax.set_mesh(mesh):
-    traced = update.trace(state, tokens_BT1, jax.ShapeDtypeStruct((), jnp.int32))
+    traced = update.trace(
+      state, tokens_BT1, jax.ShapeDtypeStruct((), jnp.int32)
+    )
     try:
       program = traced.lower(lowering_platforms=(platform,)).compile()
     except jax.errors.JaxRuntimeError as error:
-      if 'RESOURCE_EXHAUSTED' not in str(error):
-        raise
-      raise DoesNotFit(str(error).split('\n')[0]) from error
+      first, _, _ = str(error).partition('\n')
+      raise Refused(first[:_WORDS]) from error
   seconds = time.perf_counter() - started
   memory = program.memory_analysis()
+  assert memory is not None  # every backend of ours knows
   return Compiled(
     memory.argument_size_in_bytes, memory.temp_size_in_bytes, program, seconds
   )

@@ -3,17 +3,21 @@
 
 from collections.abc import Iterator
 import dataclasses
+import itertools
 import typing
+from typing import Any
 
 from tritera_jax.experiment import Experiment
 from tritera_jax.model.decoder import Remat
+from tritera_jax.parallel import mesh as mesh_lib
 from tritera_jax.plan import costs
 from tritera_jax.plan.costs import Costs
 from tritera_jax.plan.targets import Target
 
 REMATS: tuple[Remat, ...] = typing.get_args(Remat)
-# Past it a matrix's share is too small for a matrix unit.
-_MOST_TENSOR = 16
+# Past it tensor parallelism leaves a node of GPUs, and shares are small.
+_MOST_TENSOR = 8
+_MOST_CONTEXT = 8
 
 
 @dataclasses.dataclass(frozen=True)
@@ -27,11 +31,14 @@ class Choice:
   def flags(self) -> str:
     """As a command line says it."""
     mesh, run = self.experiment.mesh, self.experiment.run
-    return (
-      f'--mesh.data {mesh.data} --mesh.fsdp {mesh.fsdp} --mesh.tensor '
-      f'{mesh.tensor} --run.remat {run.remat} --run.accumulation '
-      f'{run.accumulation}'
-    )
+    said = {f'mesh.{axis}': getattr(mesh, axis) for axis in mesh_lib.AXES}
+    if said.get('mesh.context') == 1:
+      del said['mesh.context']
+    said |= {'run.remat': run.remat, 'run.accumulation': run.accumulation}
+    gather = getattr(run, 'gather', 'auto')
+    if gather != 'auto':
+      said['run.gather'] = gather
+    return ' '.join(f'--{name} {value}' for name, value in said.items())
 
 
 def ranked(experiment: Experiment, target: Target) -> list[Choice]:
@@ -44,13 +51,11 @@ def ranked(experiment: Experiment, target: Target) -> list[Choice]:
     ValueError: no mesh divides the model and the batch over the devices.
   """
   best, refusal = [], None
-  for data, fsdp, tensor in meshes(target.devices):
+  for sizes in meshes(target.devices, experiment.data.batch_size):
     of_mesh = []
-    for remat in REMATS:
+    for settings in _settings(experiment, sizes):
       try:
-        of_mesh.append(_fewest_parts(
-          experiment, target, data=data, fsdp=fsdp, tensor=tensor, remat=remat
-        ))  # fmt: skip
+        of_mesh.append(_fewest_parts(experiment, target, sizes, settings))
       except ValueError as error:
         refusal = refusal or error
         break
@@ -77,12 +82,33 @@ def own(experiment: Experiment, target: Target) -> Choice:
   return Choice(experiment, costs.of(experiment, target))
 
 
-def meshes(devices: int) -> Iterator[tuple[int, int, int]]:
-  """Sizes of data, fsdp and tensor that make up so many devices."""
-  for tensor in _divisors(devices):
-    if tensor <= _MOST_TENSOR:
-      for fsdp in _divisors(devices // tensor):
-        yield devices // tensor // fsdp, fsdp, tensor
+def meshes(devices: int, rows: int) -> Iterator[dict[str, int]]:
+  """Axis sizes that make up so many devices, for a batch of so many rows.
+
+  Sequences are split only where there are not enough of them.
+  """
+  contexts = [1]
+  if 'context' in mesh_lib.AXES and rows < devices:
+    contexts = [c for c in _divisors(devices) if c <= _MOST_CONTEXT]
+  for tensor, context in itertools.product(_divisors(devices), contexts):
+    left, odd = divmod(devices, tensor * context)
+    if tensor > _MOST_TENSOR or odd:
+      continue
+    for fsdp in _divisors(left):
+      sizes = {'data': left // fsdp, 'fsdp': fsdp, 'tensor': tensor}
+      yield sizes | ({'context': context} if context > 1 else {})
+
+
+def _settings(
+  experiment: Experiment, sizes: dict[str, int]
+) -> Iterator[dict[str, str]]:
+  """Of run, what can be chosen for a mesh."""
+  gathers = [{}]
+  if hasattr(experiment.run, 'gather') and sizes['fsdp'] > 1:
+    ternary = experiment.model.family == 'ternary'
+    gathers = [{'gather': g} for g in ('auto', *(['two_bit'] * ternary))]
+  for remat, gather in itertools.product(REMATS, gathers):
+    yield {'remat': remat, **gather}
 
 
 def why_not(choice: Choice, best: Choice) -> str:
@@ -90,8 +116,7 @@ def why_not(choice: Choice, best: Choice) -> str:
   theirs, ours = choice.costs, best.costs
   if not theirs.fits:
     return (
-      f'needs {theirs.peak_memory / 1e9:.1f} GB of '
-      f'{theirs.capacity / 1e9:.1f}'
+      f'needs {theirs.peak_memory / 1e9:.1f} GB of {theirs.capacity / 1e9:.1f}'
     )
   more = {
     name: getattr(theirs, term) - getattr(ours, term)
@@ -113,7 +138,10 @@ def _order(choice: Choice) -> tuple[bool, float, float]:
 
 
 def _fewest_parts(
-  experiment: Experiment, target: Target, *, remat: Remat, **sizes: int
+  experiment: Experiment,
+  target: Target,
+  sizes: dict[str, int],
+  settings: dict[str, Any],
 ) -> Choice:
   mesh = dataclasses.replace(experiment.mesh, **sizes)
   shares = sizes['data'] * sizes['fsdp']
@@ -125,9 +153,7 @@ def _fewest_parts(
     )
   choice = None
   for parts in _divisors(rows // shares):
-    run = dataclasses.replace(
-      experiment.run, remat=remat, accumulation=parts
-    )
+    run = dataclasses.replace(experiment.run, accumulation=parts, **settings)
     laid_out = dataclasses.replace(experiment, mesh=mesh, run=run)
     choice = Choice(laid_out, costs.of(laid_out, target))
     if choice.costs.fits:

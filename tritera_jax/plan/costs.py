@@ -18,9 +18,8 @@ from jax.extend import core
 import jax.numpy as jnp
 from jax.sharding import AbstractMesh, AxisType
 
-from tritera_jax.experiment import Experiment
+from tritera_jax.experiment import Experiment, RunConfig
 from tritera_jax.model import decoder, flops
-from tritera_jax.model.config import ModelConfig
 from tritera_jax.parallel import mesh as mesh_lib
 from tritera_jax.parallel.mesh import MeshConfig
 from tritera_jax.plan.targets import Target
@@ -35,6 +34,8 @@ NETWORK_EFFICIENCY = 0.7
 # Of a device's memory, what a program may have: XLA and its runtime take some.
 # (On GPUs JAX takes 3/4 unless XLA_PYTHON_CLIENT_MEM_FRACTION says more.)
 USABLE_MEMORY = 0.92
+# Mesh axes that split parameters, and gather them for their work.
+WEIGHTS = ('fsdp', 'context')
 _FLOAT = 4  # bytes: latents, moments, gradients and sums are float32
 
 
@@ -115,9 +116,7 @@ class Costs:
 
 def mfu(experiment: Experiment, target: Target, seconds: float) -> float:
   """By the formula of `train.throughput`, for steps of so many seconds."""
-  return model_flops(experiment) / (
-    target.devices * target.chip.peak * seconds
-  )
+  return model_flops(experiment) / (target.devices * target.chip.peak * seconds)
 
 
 def model_flops(experiment: Experiment) -> float:
@@ -146,6 +145,12 @@ def check_mesh(experiment: Experiment, devices: int) -> dict[str, int]:
           f'mesh.{axis}={sizes[axis]} does not divide '
           f'model.{field}={getattr(model, field)}; choose a divisor'
         )
+  if experiment.data.sequence_length % sizes.get('context', 1):
+    raise ValueError(
+      f'mesh.context={sizes["context"]} does not divide '
+      f'data.sequence_length={experiment.data.sequence_length}; choose a '
+      'divisor'
+    )
   return sizes
 
 
@@ -158,9 +163,7 @@ def of(experiment: Experiment, target: Target) -> Costs:
   sizes = check_mesh(experiment, target.devices)
   model, run, chip = experiment.model, experiment.run, target.chip
   parts = run.accumulation
-  rows = experiment.data.batch_size // (
-    parts * sizes['data'] * sizes['fsdp']
-  )
+  rows = experiment.data.batch_size // (parts * sizes['data'] * sizes['fsdp'])
   share = _share(experiment, sizes)
   width = jnp.dtype(model.dtype).itemsize
 
@@ -170,11 +173,10 @@ def of(experiment: Experiment, target: Target) -> Costs:
     parts * (first + (rows - 1) * more)
     for first, more in zip(counted[0], per_row, strict=True)
   )
-  split = sizes['fsdp'] * sizes['tensor']
-  work += _muon_flops(experiment) / split
-  state, parameters = state_bytes(
-    stateless(experiment), tuple(sizes.items())
-  )
+  holders = _size(sizes, WEIGHTS)
+  work += parts * rows * _ring_flops(share, sizes)
+  work += _muon_flops(experiment) / (holders * sizes['tensor'])
+  state, parameters = state_bytes(stateless(experiment), tuple(sizes.items()))
   # Read gradients, state and parameters; write the latter two.
   moved += 2 * state + parameters
 
@@ -186,7 +188,7 @@ def of(experiment: Experiment, target: Target) -> Costs:
   memory = {
     'state': state,
     'gradients': (1 + (parts > 1)) * parameters,
-    'kept for backward': rows * kept + weights / sizes['fsdp'],
+    'kept for backward': rows * kept + weights / holders,
     # This layer's weights and the next one's, gathered and as floats.
     'gathered weights': 2 * layer * (_gathered_width(experiment) + width),
     'block at work': 0.0 if run.remat == 'none' else rows * block,
@@ -231,7 +233,7 @@ def state_bytes(
 
 def stateless(experiment: Experiment) -> Experiment:
   """One experiment for all that have the same state."""
-  run = dataclasses.replace(experiment.run, remat='none', accumulation=1)
+  run = dataclasses.replace(_alone(experiment.run), remat='none')
   return dataclasses.replace(experiment, mesh=MeshConfig(), run=run)
 
 
@@ -252,12 +254,23 @@ def _share(experiment: Experiment, sizes: dict[str, int]) -> Experiment:
       scale_blocks=1,
       document_separator=None,
     ),
-    data=dataclasses.replace(experiment.data, batch_size=1),
+    data=dataclasses.replace(
+      experiment.data,
+      batch_size=1,
+      sequence_length=experiment.data.sequence_length
+      // sizes.get('context', 1),
+    ),
     # The optimizer has no matmuls but Muon's, which the mesh divides.
     optimizer=dataclasses.replace(experiment.optimizer, muon=None),
-    run=dataclasses.replace(run, accumulation=1),
+    run=_alone(run),
     mesh=MeshConfig(),
   )
+
+
+def _alone(run: RunConfig) -> RunConfig:
+  """Of one device, whose matrices are whole: nothing is gathered."""
+  gather = {'gather': 'auto'} if hasattr(run, 'gather') else {}
+  return dataclasses.replace(run, accumulation=1, **gather)
 
 
 def _with(share: Experiment, rows: int = 1, remat=None, layers=None):
@@ -294,7 +307,7 @@ def matmuls(jaxpr: core.Jaxpr) -> tuple[float, float]:
     params = equation.params
     if equation.primitive.name == 'dot_general':
       (contracted, _), _ = params['dimension_numbers']
-      avals = [v.aval for v in (*equation.invars, *equation.outvars)]
+      avals: list[Any] = [v.aval for v in (*equation.invars, *equation.outvars)]
       depth = math.prod(avals[0].shape[axis] for axis in contracted)
       work += 2 * math.prod(avals[-1].shape) * depth
       moved += sum(math.prod(a.shape) * a.dtype.itemsize for a in avals)
@@ -357,12 +370,36 @@ def _muon_flops(experiment: Experiment) -> float:
   return muon.iterations * experiment.model.layers * total
 
 
+def _size(sizes: dict[str, int], axes: tuple[str, ...]) -> int:
+  """Devices along these axes; one that a mesh does not have is 1."""
+  return math.prod(sizes.get(axis, 1) for axis in axes)
+
+
+def _ring_flops(share: Experiment, sizes: dict[str, int]) -> float:
+  """Of a row's attention to what other devices of its sequence hold.
+
+  The share attends within its own T / c tokens. A ring does half of its
+  T / c x T, the causal one, in whole blocks.
+  """
+  c = sizes.get('context', 1)
+  model, T = share.model, share.data.sequence_length
+  others = max(0, c * T * T // 2 - T * T) if c > 1 else 0
+  products = 2 * model.heads * model.head_dim * others
+  passes = 2 * (3 if share.run.remat == 'none' else 4)
+  return passes * model.layers * products
+
+
 def _gathered_width(experiment: Experiment) -> float:
   """Bytes of a linear weight as fsdp gathers it.
 
   Of quantised layers XLA gathers int8 codes: they are what its compiled
   programs for TPUs were seen to gather, since the cast comes after them.
   """
+  gather = getattr(experiment.run, 'gather', 'auto')
+  if gather == 'two_bit':
+    return 0.25
+  if gather == 'bfloat16':
+    return 2.0
   if experiment.model.family == 'float':
     return jnp.dtype(experiment.model.dtype).itemsize
   return 1.0
@@ -375,7 +412,8 @@ def _collectives(
 
   fsdp gathers weights for forward and backward pass of every part of the
   batch, and sums gradients into shards. data sums gradients. tensor sums the
-  residual stream twice a block each way. Muon's own are not counted.
+  residual stream twice a block each way. context passes keys and values on.
+  Muon's own are not counted, nor is the time that a message takes to start.
   """
   model, run = experiment.model, experiment.run
   width = jnp.dtype(model.dtype).itemsize
@@ -385,35 +423,44 @@ def _collectives(
   ends = flops.embedding_parameters(model) / sizes['tensor']
   both = linear + ends
 
-  def moved(name, axis, nbytes, ways=1):
-    n, m = sizes[axis], inside[axis]
+  def moved(name, axes, nbytes, ways=1):
+    n, m = _size(sizes, axes), _size(inside, axes)
     nbytes *= ways
     seconds = max(
       nbytes * (n - 1) / n / target.chip.fast,
       nbytes * (n - m) / n / (m * target.chip.slow),
     )
-    return Collective(name, axis, nbytes * (n - 1) / n, seconds)
+    across = ' x '.join(axis for axis in axes if sizes.get(axis, 1) > 1)
+    return Collective(name, across, nbytes * (n - 1) / n, seconds)
 
-  if sizes['fsdp'] > 1:
+  if _size(sizes, WEIGHTS) > 1:
     yield moved(
-      'weights', 'fsdp', parts * 2 * linear * _gathered_width(experiment)
+      'weights', WEIGHTS, parts * 2 * linear * _gathered_width(experiment)
     )
-    yield moved('embedding and head', 'fsdp', parts * ends * width)
-    yield moved('gradients', 'fsdp', parts * both * _FLOAT)
+    yield moved('embedding and head', WEIGHTS, parts * ends * width)
+    yield moved('gradients', WEIGHTS, parts * both * _FLOAT)
   if sizes['data'] > 1:
-    local = both / sizes['fsdp']
-    yield moved('gradients', 'data', parts * local * _FLOAT, ways=2)
+    local = both / _size(sizes, WEIGHTS)
+    yield moved('gradients', ('data',), parts * local * _FLOAT, ways=2)
+  tokens = rows * experiment.data.sequence_length / sizes.get('context', 1)
+  again = {'none': 0, 'dots': 0, 'block': 1}[run.remat]
   if sizes['tensor'] > 1:
-    stream = rows * experiment.data.sequence_length * model.d_model
-    again = {'none': 0, 'dots': 0, 'block': 1}[run.remat]
     sums = model.layers * (4 + again) * width
     ends_sums = width + _FLOAT  # the embedding's rows; the loss's gradient
-    nbytes = parts * stream * (sums + ends_sums)
-    yield moved('activations', 'tensor', nbytes, ways=2)
+    nbytes = parts * tokens * model.d_model * (sums + ends_sums)
+    yield moved('activations', ('tensor',), nbytes, ways=2)
+  if sizes.get('context', 1) > 1:
+    # Keys and values go round the ring, and back with their gradients.
+    kv = 2 * model.kv_heads * model.head_dim / sizes['tensor']
+    turns = (1 + (run.remat != 'none') + 1) * width + _FLOAT
+    nbytes = parts * model.layers * tokens * sizes['context'] * kv * turns
+    yield moved('keys and values', ('context',), nbytes)
 
 
 def _inside(target: Target, sizes: dict[str, int]) -> dict[str, int]:
-  """Of each axis, how many neighbours the fast network joins: last axis first.
+  """Of each axis, how many neighbours the fast network joins.
+
+  The last axis is laid out first, and takes as much of it as it can.
   """
   left, inside = target.domain, {}
   for axis in reversed(mesh_lib.AXES):

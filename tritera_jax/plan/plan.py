@@ -7,6 +7,7 @@ import dataclasses
 from tritera_jax.experiment import Experiment
 from tritera_jax.model import flops
 from tritera_jax.parallel import collectives as collectives_lib
+from tritera_jax.parallel import mesh as mesh_lib
 from tritera_jax.plan import aot, choices, costs, reliability
 from tritera_jax.plan.aot import Compiled
 from tritera_jax.plan.choices import Choice
@@ -27,7 +28,7 @@ class Plan:
     compiled: what the compiler said of it, or None.
     uncompiled: why it was not compiled; '' if it was.
     others: the other meshes, by the estimate.
-    rejected: those that the compiler found no room for, and its words.
+    rejected: those that the compiler refused, and its words.
     own: the experiment as it is, or why it cannot run there.
     saving: when to save.
     assumed: about failures and saves.
@@ -92,8 +93,7 @@ def make(
   if compare:
     # A mesh of another number of devices is refused; a batch it cannot divide
     # is what the comparison is for.
-    sizes = costs.mesh_lib.axis_sizes(experiment.mesh, target.devices)
-    del sizes
+    mesh_lib.axis_sizes(experiment.mesh, target.devices)
     try:
       own = choices.own(experiment, target)
     except ValueError as error:
@@ -120,7 +120,7 @@ def make(
     say(f'compiling for {target.devices} x {target.chip.kind}: {choice.flags}')
     try:
       compiled = aot.compile(choice.experiment, target)
-    except aot.DoesNotFit as error:
+    except aot.Refused as error:
       rejected.append((choice, str(error)))
       continue
     done.append((_corrected(choice, compiled, target), compiled))
@@ -128,7 +128,7 @@ def make(
     best, compiled = min(done, key=lambda pair: pair[0].costs.seconds)
   elif rejected:
     raise ValueError(
-      f'--target {target.name}: the compiler found no room for any of '
+      f'--target {target.name}: the compiler refused each of '
       f'{len(rejected)} ways that should fit; the last: {rejected[-1][1]}'
     )
   else:
@@ -158,9 +158,7 @@ def _corrected(choice: Choice, compiled: Compiled, target: Target) -> Choice:
 
 def sent(compiled: Compiled) -> dict[str, int]:
   """Bytes that a device sends in a step, by kind of collective."""
-  return collectives_lib.bytes_per_device(
-    collectives_lib.of(compiled.program)
-  )
+  return collectives_lib.bytes_per_device(collectives_lib.of(compiled.program))
 
 
 def words(plan: Plan) -> str:
@@ -275,7 +273,7 @@ def _step_rows(plan: Plan):
 
 def _whole_rows(plan: Plan):
   experiment, cost, saving = plan.best.experiment, plan.best.costs, plan.saving
-  one = tuple((axis, 1) for axis in costs.mesh_lib.AXES)
+  one = tuple((axis, 1) for axis in mesh_lib.AXES)
   checkpoint, _ = costs.state_bytes(costs.stateless(experiment), one)
   every = max(1, round(saving.interval / cost.seconds))
   yield (
@@ -321,7 +319,7 @@ def _comparison(plan: Plan):
       f'step, {cost.peak_memory / 1e9:.1f} GB{fit} (estimate)'
     )
   for choice, reason in plan.rejected:
-    yield f'the compiler found no room for {choice.flags}: {reason}'
+    yield f'the compiler refused {choice.flags}: {reason}'
   if plan.uncompiled:
     yield f'not compiled: {plan.uncompiled}'
   if not plan.others:

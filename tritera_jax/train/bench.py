@@ -184,10 +184,12 @@ def _compared(
 ) -> Iterator[dict]:
   """A row for each family; ratios are of rounds, own over the other's."""
   own = experiment.model.family
-  families = list(dict.fromkeys((own, *options.families)))
-  steppers = {f: _stepper(twin(experiment, f)) for f in families}
-  times: dict[Family, list[float]] = {family: [] for family in families}
-  updates: dict[Family, list[float]] = {family: [] for family in families}
+  families: list[Family] = list(dict.fromkeys((own, *options.families)))
+  steppers: dict[Family, Stepper] = {
+    f: _stepper(twin(experiment, f)) for f in families
+  }
+  times: dict[Family, list[float]] = {f: [] for f in families}
+  updates: dict[Family, list[float]] = {f: [] for f in families}
   for stepper in steppers.values():
     stepper.seconds(2)
     stepper.optimizer_seconds()

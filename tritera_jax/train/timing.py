@@ -95,6 +95,7 @@ class Stepper:
   def memory(self) -> dict[str, int]:
     """Bytes of a device, as the compiler says: arguments and temporaries."""
     found = self.compiled.memory_analysis()
+    assert found is not None  # every backend of ours knows
     return {
       'arguments': found.argument_size_in_bytes,
       'temporaries': found.temp_size_in_bytes,
