@@ -9,7 +9,7 @@ dimension when there is no mesh, stay whole.
 from collections.abc import Sequence
 
 import jax
-from jax.sharding import Mesh, NamedSharding, PartitionSpec
+from jax.sharding import AbstractMesh, Mesh, NamedSharding, PartitionSpec
 from jaxtyping import Array, PyTree, Shaped
 import numpy as np
 
@@ -44,7 +44,9 @@ def spec(axes: tuple[str | None, ...]) -> PartitionSpec:
   return PartitionSpec(*entries)
 
 
-def shardings(mesh: Mesh, logical_axes: PyTree) -> PyTree[NamedSharding]:
+def shardings(
+  mesh: Mesh | AbstractMesh, logical_axes: PyTree
+) -> PyTree[NamedSharding]:
   """A NamedSharding for each tuple of logical axes in the tree."""
   return jax.tree.map(
     lambda axes: NamedSharding(mesh, spec(axes)),

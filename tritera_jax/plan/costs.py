@@ -121,9 +121,10 @@ def mfu(experiment: Experiment, target: Target, seconds: float) -> float:
 
 def model_flops(experiment: Experiment) -> float:
   """Of a step over all devices."""
-  return experiment.batch_tokens * flops.training_flops_per_token(
+  per_token = flops.training_flops_per_token(
     experiment.model, experiment.data.sequence_length
   )
+  return float(experiment.batch_tokens * per_token)
 
 
 def check_mesh(experiment: Experiment, devices: int) -> dict[str, int]:
@@ -218,13 +219,16 @@ def state_bytes(
   axes, lengths = zip(*sizes, strict=True)
   mesh = AbstractMesh(lengths, axes, (AxisType.Auto,) * len(axes))
   state = jax.eval_shape(lambda: step.init_state(experiment))
-  placed = step.shardings(experiment, mesh)  # type: ignore
+  placed = step.shardings(experiment, mesh)
 
-  def count(leaves, shardings):
-    return sum(
-      math.prod(sharding.shard_shape(leaf.shape)) * leaf.dtype.itemsize
-      for leaf, sharding in zip(
-        jax.tree.leaves(leaves), jax.tree.leaves(shardings), strict=True
+  def count(leaves, shardings) -> float:
+    pairs = zip(
+      jax.tree.leaves(leaves), jax.tree.leaves(shardings), strict=True
+    )
+    return float(
+      sum(
+        math.prod(sharding.shard_shape(leaf.shape)) * leaf.dtype.itemsize
+        for leaf, sharding in pairs
       )
     )
 
@@ -383,7 +387,7 @@ def _ring_flops(share: Experiment, sizes: dict[str, int]) -> float:
   """
   c = sizes.get('context', 1)
   model, T = share.model, share.data.sequence_length
-  others = max(0, c * T * T // 2 - T * T) if c > 1 else 0
+  others = max(0.0, (c / 2 - 1) * T * T)
   products = 2 * model.heads * model.head_dim * others
   passes = 2 * (3 if share.run.remat == 'none' else 4)
   return passes * model.layers * products
@@ -401,7 +405,7 @@ def _gathered_width(experiment: Experiment) -> float:
   if gather == 'bfloat16':
     return 2.0
   if experiment.model.family == 'float':
-    return jnp.dtype(experiment.model.dtype).itemsize
+    return float(jnp.dtype(experiment.model.dtype).itemsize)
   return 1.0
 
 
