@@ -8,6 +8,7 @@ import pytest
 
 from tests import tiny
 from tritera_jax import cli
+from tritera_jax.parallel import collectives
 from tritera_jax.parallel.mesh import MeshConfig
 from tritera_jax.plan import aot, here, plan, targets
 from tritera_jax.plan.reliability import Assumptions
@@ -21,7 +22,7 @@ def experiment():
   return dataclasses.replace(found, mesh=MeshConfig())
 
 
-def make(experiment, target='h100-8', compare=True, compiles=1):
+def make(experiment, target='h100-2', compare=True, compiles=1):
   return plan.make(
     experiment,
     targets.parse(target),
@@ -45,10 +46,10 @@ def test_a_plan_says_what_is_exact_and_what_an_estimate(capsys):
   for name in ('memory', 'collectives', 'step', 'speed', 'goodput', 'run'):
     assert how[name] == 'estimate'
   assert f'999,999,488 = {10**9 // 1024:,} steps x 8 x 128' in out
-  # Parameters and two moments of 3,803,904, and three counters and the rest.
-  assert '0.04565 GB before compression' in out
+  # Latents and two moments of 3,802,368 parameters, and four counters.
+  assert '0.04563 GB before compression' in out
   assert 'not compiled: no compiler for NVIDIA H100 without one' in out
-  assert '--mesh.data' in out and 'device-hours' in out
+  assert '--mesh.data 1 --mesh.fsdp 1' in out and 'device-hours' in out
 
 
 def test_days_are_steps_over_goodput(experiment):
@@ -87,14 +88,16 @@ def test_the_compiler_corrects_the_network_and_what_it_refuses_is_told(
     asked.append(laid_out)
     if len(asked) == 1:
       raise aot.Refused('no room')
-    return aot.Compiled(1000, 2000, HLO, 0.1)
+    sent = collectives.bytes_per_device(collectives.of(HLO))
+    return aot.Compiled(1000, 2000, sent, 0.1)
 
   monkeypatch.setattr(aot, 'compile', compile)
   made = make(experiment)
   assert asked[1] == made.best.experiment
   fast = targets.CHIPS['h100'].fast
   # An all-gather among eight: seven eighths of 32,768 float32.
-  assert plan.sent(made.compiled) == {'all-gather': 4 * 32_768 * 7 // 8}
+  assert made.compiled is not None
+  assert made.compiled.sent == {'all-gather': 4 * 32_768 * 7 // 8}
   assert made.best.costs.network == pytest.approx(
     4 * 32_768 * 7 / 8 / fast / 0.7
   )
@@ -154,4 +157,4 @@ def test_the_tpus_compiler_agrees_about_the_state(experiment):
   assert made.compiled is not None
   # Its tiles pad small arrays, never shrink them.
   assert made.compiled.arguments >= made.best.costs.memory['state']
-  assert sum(plan.sent(made.compiled).values()) > 0
+  assert sum(made.compiled.sent.values()) > 0

@@ -39,7 +39,5 @@ def test_saves_are_at_least_a_step_apart_and_goodput_is_no_less_than_none():
 
 
 def test_a_wrong_assumption_is_named():
-  with pytest.raises(
-    ValueError, match='failure-hours 0.0 must be > 0'
-  ):
+  with pytest.raises(ValueError, match='failure-hours 0.0 must be > 0'):
     Assumptions(failure_hours=0.0)

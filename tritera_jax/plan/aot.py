@@ -16,6 +16,7 @@ from jax.experimental import topologies
 import jax.numpy as jnp
 
 from tritera_jax.experiment import Experiment
+from tritera_jax.parallel import collectives
 from tritera_jax.parallel import mesh as mesh_lib
 from tritera_jax.plan import targets
 from tritera_jax.plan.targets import Target
@@ -41,13 +42,13 @@ class Compiled:
   Attributes:
     arguments: bytes of state and batch.
     temporaries: bytes beside them at the peak.
-    program: the compiled step.
+    sent: bytes that it sends in a step, by kind of collective.
     seconds: that compiling took.
   """
 
   arguments: int
   temporaries: int
-  program: jax.stages.Compiled
+  sent: dict[str, int]
   seconds: float
 
 
@@ -141,5 +142,8 @@ def compile_on(experiment: Experiment, devices: list, platform: str):
   memory = program.memory_analysis()
   assert memory is not None  # every backend of ours knows
   return Compiled(
-    memory.argument_size_in_bytes, memory.temp_size_in_bytes, program, seconds
+    memory.argument_size_in_bytes,
+    memory.temp_size_in_bytes,
+    collectives.bytes_per_device(collectives.of(program)),
+    seconds,
   )

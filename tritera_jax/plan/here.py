@@ -40,7 +40,7 @@ def measured(experiment: Experiment) -> Target:
   memory = os.sysconf('SC_PAGE_SIZE') * os.sysconf('SC_PHYS_PAGES') / count
   stats = devices[0].memory_stats()
   if stats and 'bytes_limit' in stats:
-    memory = stats['bytes_limit']
+    memory = float(stats['bytes_limit'])
   chip = Chip(
     kind, peak, memory, bandwidth, bandwidth, bandwidth, count,
     source='measured here, now'
@@ -126,7 +126,7 @@ def _resident(field: str) -> float:
   except OSError:
     return float('nan')
   found = re.search(rf'{field}:\s+(\d+) kB', text)
-  return 1024 * int(found[1]) if found else float('nan')
+  return 1024.0 * int(found[1]) if found else float('nan')
 
 
 def _forget_peak():

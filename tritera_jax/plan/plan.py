@@ -6,7 +6,6 @@ import dataclasses
 
 from tritera_jax.experiment import Experiment
 from tritera_jax.model import flops
-from tritera_jax.parallel import collectives as collectives_lib
 from tritera_jax.parallel import mesh as mesh_lib
 from tritera_jax.plan import aot, choices, costs, reliability
 from tritera_jax.plan.aot import Compiled
@@ -27,6 +26,7 @@ class Plan:
     best: what is proposed, its network corrected by the compiler.
     compiled: what the compiler said of it, or None.
     uncompiled: why it was not compiled; '' if it was.
+    also: those that were compiled too.
     others: the other meshes, by the estimate.
     rejected: those that the compiler refused, and its words.
     own: the experiment as it is, or why it cannot run there.
@@ -38,6 +38,7 @@ class Plan:
   best: Choice
   compiled: Compiled | None
   uncompiled: str
+  also: list[Choice]
   others: list[Choice]
   rejected: list[tuple[Choice, str]]
   own: Choice | str
@@ -124,8 +125,11 @@ def make(
       rejected.append((choice, str(error)))
       continue
     done.append((_corrected(choice, compiled, target), compiled))
+  also = []
   if done:
-    best, compiled = min(done, key=lambda pair: pair[0].costs.seconds)
+    done.sort(key=lambda pair: pair[0].costs.seconds)
+    (best, compiled), *rest = done
+    also = [choice for choice, _ in rest]
   elif rejected:
     raise ValueError(
       f'--target {target.name}: the compiler refused each of '
@@ -137,28 +141,21 @@ def make(
   saving = reliability.saving(
     assumed, target.devices, cost.memory['state'], cost.seconds
   )
-  left = [choice for choice, _ in rejected]
-  others = [
-    choice for choice in ranked
-    if choice.experiment != best.experiment and choice not in left
-  ]  # fmt: skip
+  told = [c.experiment for c in (best, *also, *(c for c, _ in rejected))]
+  others = [choice for choice in ranked if choice.experiment not in told]
   return Plan(
-    target, best, compiled, uncompiled, others, rejected, own, saving, assumed
-  )
+    target, best, compiled, uncompiled, also, others, rejected, own, saving,
+    assumed,
+  )  # fmt: skip
 
 
 def _corrected(choice: Choice, compiled: Compiled, target: Target) -> Choice:
   """The same, with the network's seconds by the compiled collectives."""
-  nbytes = sum(sent(compiled).values())
+  nbytes = sum(compiled.sent.values())
   network = nbytes / target.chip.fast / costs.NETWORK_EFFICIENCY
   return dataclasses.replace(
     choice, costs=dataclasses.replace(choice.costs, network=network)
   )
-
-
-def sent(compiled: Compiled) -> dict[str, int]:
-  """Bytes that a device sends in a step, by kind of collective."""
-  return collectives_lib.bytes_per_device(collectives_lib.of(compiled.program))
 
 
 def words(plan: Plan) -> str:
@@ -240,7 +237,7 @@ def _step_rows(plan: Plan):
     + (f' ({parts})' if parts else ''),
   )
   if plan.compiled:
-    kinds = sent(plan.compiled)
+    kinds = plan.compiled.sent
     got = sum(kinds.values())
     parts = ', '.join(f'{op} {n / 1e9:.3g}' for op, n in kinds.items())
     ratio = f'; {got / total:.2f} x the estimate' if total else ''
@@ -320,6 +317,11 @@ def _comparison(plan: Plan):
     )
   for choice, reason in plan.rejected:
     yield f'the compiler refused {choice.flags}: {reason}'
+  for choice in plan.also:
+    yield (
+      f'compiled too: {choice.flags}: {choice.costs.seconds:.3g} s, '
+      f'{choices.why_not(choice, plan.best)}'
+    )
   if plan.uncompiled:
     yield f'not compiled: {plan.uncompiled}'
   if not plan.others:

@@ -10,6 +10,7 @@ import numpy as np
 import optax
 
 from tritera_jax.experiment import Experiment
+from tritera_jax.parallel import rules
 from tritera_jax.train import optimizer, step
 
 
@@ -33,13 +34,14 @@ class Stepper:
       dtype=np.int32,
     )
     self.experiment, self.mesh, self.n = experiment, mesh, 0
+    self._whole = rules.shardings(mesh, ())
     update = step.jitted(experiment, mesh)
     with jax.set_mesh(mesh):
       self.tokens_BT1 = jax.device_put(tokens_BT1, step.batch_sharding(mesh))
       self.state = step.jitted_init(experiment, mesh)()
       started = time.perf_counter()
       self.compiled = update.lower(
-        self.state, self.tokens_BT1, np.int32(0)
+        self.state, self.tokens_BT1, self._number(0)
       ).compile()
       self.compile_seconds = time.perf_counter() - started
     self._optimize = None
@@ -51,9 +53,7 @@ class Stepper:
       FloatingPointError: loss or gradient was not finite, so that nothing was
         updated.
     """
-    numbers = [
-      jax.device_put(np.int32(self.n + i)) for i in range(steps)
-    ]  # asked for
+    numbers = [self._number(self.n + i) for i in range(steps)]
     measured = {}
     with self._undisturbed():
       started = time.perf_counter()
@@ -68,6 +68,9 @@ class Stepper:
         'tokens; lower the learning rate'
       )
     return seconds / steps
+
+  def _number(self, n: int) -> jax.Array:
+    return jax.device_put(np.int32(n), self._whole)
 
   def optimizer_seconds(self) -> float:
     """Of clipping, moments and parameters alone, gradients being there."""
