@@ -18,6 +18,9 @@ REMATS: tuple[Remat, ...] = typing.get_args(Remat)
 # Past it tensor parallelism leaves a node of GPUs, and shares are small.
 _MOST_TENSOR = 8
 _MOST_CONTEXT = 8
+# By how much another gather than XLA's has to win: the estimate counts what is
+# sent, and not the work of packing it.
+_WORTH = 1.03
 
 
 @dataclasses.dataclass(frozen=True)
@@ -35,9 +38,8 @@ class Choice:
     if said.get('mesh.context') == 1:
       del said['mesh.context']
     said |= {'run.remat': run.remat, 'run.accumulation': run.accumulation}
-    gather = getattr(run, 'gather', 'auto')
-    if gather != 'auto':
-      said['run.gather'] = gather
+    if _gather(self.experiment) != 'auto':
+      said['run.gather'] = _gather(self.experiment)
     return ' '.join(f'--{name} {value}' for name, value in said.items())
 
 
@@ -60,7 +62,7 @@ def ranked(experiment: Experiment, target: Target) -> list[Choice]:
         refusal = refusal or error
         break
     if of_mesh:
-      best.append(min(of_mesh, key=_order))
+      best.append(_best(of_mesh))
   if not best:
     raise ValueError(
       f'--target {target.name}: no mesh of {target.devices} devices divides '
@@ -101,7 +103,7 @@ def meshes(devices: int, rows: int) -> Iterator[dict[str, int]]:
 
 def _settings(
   experiment: Experiment, sizes: dict[str, int]
-) -> Iterator[dict[str, str]]:
+) -> Iterator[dict[str, Any]]:
   """Of run, what can be chosen for a mesh."""
   gathers = [{}]
   if hasattr(experiment.run, 'gather') and sizes['fsdp'] > 1:
@@ -129,6 +131,21 @@ def why_not(choice: Choice, best: Choice) -> str:
   if theirs.seconds < 1.02 * ours.seconds:
     return 'as fast, by this estimate'
   return f'{theirs.seconds / ours.seconds:.2f}x: {name} +{more[name]:.3g} s'
+
+
+def _best(of_mesh: list[Choice]) -> Choice:
+  """The fastest that fits; XLA's own gather unless another is worth it."""
+  best = min(of_mesh, key=_order)
+  plain = [c for c in of_mesh if _gather(c.experiment) == 'auto']
+  if plain:
+    own = min(plain, key=_order)
+    if own.costs.fits and own.costs.seconds <= _WORTH * best.costs.seconds:
+      return own
+  return best
+
+
+def _gather(experiment: Experiment) -> str:
+  return getattr(experiment.run, 'gather', 'auto')
 
 
 def _order(choice: Choice) -> tuple[bool, float, float]:

@@ -300,7 +300,7 @@ def _whole_rows(plan: Plan):
   yield (
     'run',
     'estimate',
-    f'{plan.days:.1f} days ({quick:.1f} to {slow:.1f}), {hours:,.0f} '
+    f'{plan.days:.3g} days ({quick:.3g} to {slow:.3g}), {hours:,.0f} '
     'device-hours',
   )
 
