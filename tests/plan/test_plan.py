@@ -48,7 +48,7 @@ def test_a_plan_says_what_is_exact_and_what_an_estimate(capsys):
   assert f'999,999,488 = {10**9 // 1024:,} steps x 8 x 128' in out
   # Latents and two moments of 3,802,368 parameters, and four counters.
   assert '0.04563 GB before compression' in out
-  assert 'not compiled: no compiler for NVIDIA H100 without one' in out
+  assert 'not compiled: XLA compiles for NVIDIA H100 only where' in out
   assert '--mesh.data 1 --mesh.fsdp 1' in out and 'device-hours' in out
 
 

@@ -62,7 +62,7 @@ class Refused(ValueError):
 def why_not(target: Target) -> str | None:
   """Why the target's compiler is not to be had here, or None if it is."""
   if not target.chip.topology:
-    return f'no compiler for {target.chip.kind} without one'
+    return f'XLA compiles for {target.chip.kind} only where there is one'
   if targets.topology_name(target) is None:
     return (
       f'{target.devices} {target.chip.topology} are not one slice: 4 to '
