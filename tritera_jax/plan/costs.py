@@ -172,9 +172,7 @@ def of(experiment: Experiment, target: Target) -> Costs:
     'gradients': (1 + (parts > 1)) * parameters,
     'kept for backward': rows * kept + weights / holders,
     # This layer's weights and the next one's, gathered and as floats.
-    'gathered weights': 2
-    * layer
-    * (network.gathered_width(experiment) + width),
+    'gathered weights': 2 * layer * (gathered + width),
     'block at work': 0.0 if run.remat == 'none' else rows * block,
     'head and loss': head * (width + _FLOAT)
     + 2 * _FLOAT * chunk * share.model.padded_vocab_size,

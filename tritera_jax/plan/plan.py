@@ -24,6 +24,7 @@ class Plan:
   Attributes:
     target: the machine.
     best: what is proposed, its network corrected by the compiler.
+    estimated: the same, by the estimate alone: as the others are.
     compiled: what the compiler said of it, or None.
     uncompiled: why it was not compiled; '' if it was.
     also: those that were compiled too.
@@ -36,6 +37,7 @@ class Plan:
 
   target: Target
   best: Choice
+  estimated: Choice
   compiled: Compiled | None
   uncompiled: str
   also: list[Choice]
@@ -143,8 +145,9 @@ def make(
   )
   told = [c.experiment for c in (best, *also, *(c for c, _ in rejected))]
   others = [choice for choice in ranked if choice.experiment not in told]
+  estimated = next(c for c in fitting if c.experiment == best.experiment)
   return Plan(
-    target, best, compiled, uncompiled, also, others, rejected, own, saving,
+    target, best, estimated, compiled, uncompiled, also, others, rejected, own, saving,
     assumed,
   )  # fmt: skip
 
@@ -326,12 +329,15 @@ def _comparison(plan: Plan):
     yield f'not compiled: {plan.uncompiled}'
   if not plan.others:
     return
-  yield 'the other meshes, each at its best (estimate):'
+  yield (
+    'the other meshes, each at its best (estimate; the proposal: '
+    f'{plan.estimated.costs.seconds:.3g} s by the same)'
+  )
   for choice in plan.others[:_SHOWN]:
     cost = choice.costs
     yield (
       f'  {choice.flags:<86} {cost.seconds:7.3g} s '
-      f'{cost.peak_memory / 1e9:6.1f} GB  {choices.why_not(choice, plan.best)}'
+      f'{cost.peak_memory / 1e9:6.1f} GB  {choices.why_not(choice, plan.estimated)}'
     )
   left = plan.others[_SHOWN:]
   if left:
