@@ -147,8 +147,8 @@ def make(
   others = [choice for choice in ranked if choice.experiment not in told]
   estimated = next(c for c in fitting if c.experiment == best.experiment)
   return Plan(
-    target, best, estimated, compiled, uncompiled, also, others, rejected, own, saving,
-    assumed,
+    target, best, estimated, compiled, uncompiled, also, others, rejected, own,
+    saving, assumed,
   )  # fmt: skip
 
 
@@ -337,7 +337,8 @@ def _comparison(plan: Plan):
     cost = choice.costs
     yield (
       f'  {choice.flags:<86} {cost.seconds:7.3g} s '
-      f'{cost.peak_memory / 1e9:6.1f} GB  {choices.why_not(choice, plan.estimated)}'
+      f'{cost.peak_memory / 1e9:6.1f} GB  '
+      f'{choices.why_not(choice, plan.estimated)}'
     )
   left = plan.others[_SHOWN:]
   if left:
