@@ -164,7 +164,7 @@ def of(experiment: Experiment, target: Target) -> Costs:
   kept, weights = traced.residuals(share)
   block, _ = traced.residuals(traced.varied(share, remat='none', layers=1))
   layer = flops.linear_parameters(model) / model.layers / sizes['tensor']
-  gathered = network.gathered_width(experiment)
+  gathered = network.gathered_width(experiment, target)
   head = model.d_model * model.padded_vocab_size / sizes['tensor']
   chunk = min(run.loss_chunk or math.inf, rows * share.data.sequence_length)
   memory = {

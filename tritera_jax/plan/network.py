@@ -38,18 +38,18 @@ def size(sizes: dict[str, int], axes: tuple[str, ...]) -> int:
   return math.prod(sizes.get(axis, 1) for axis in axes)
 
 
-def gathered_width(experiment: Experiment) -> float:
+def gathered_width(experiment: Experiment, target: Target) -> float:
   """Bytes of a linear weight as fsdp gathers it.
 
-  Of quantised layers XLA gathers int8 codes: they are what its compiled
-  programs for TPUs were seen to gather, since the cast comes after them.
+  Of quantised layers XLA was seen to gather int8 codes for TPUs, and codes in
+  the compute dtype for CPUs; of GPUs it is taken to do as for TPUs.
   """
   gather = getattr(experiment.run, 'gather', 'auto')
   if gather == 'two_bit':
     return 0.25
   if gather == 'bfloat16':
     return 2.0
-  if experiment.model.family == 'float':
+  if experiment.model.family == 'float' or target.chip.kind == 'cpu':
     return float(jnp.dtype(experiment.model.dtype).itemsize)
   return 1.0
 
@@ -84,7 +84,9 @@ def collectives(
 
   if size(sizes, WEIGHTS) > 1:
     yield moved(
-      'weights', WEIGHTS, parts * 2 * linear * gathered_width(experiment)
+      'weights',
+      WEIGHTS,
+      parts * 2 * linear * gathered_width(experiment, target),
     )
     yield moved('embedding and head', WEIGHTS, parts * ends * width)
     yield moved('gradients', WEIGHTS, parts * both * _FLOAT)
