@@ -116,15 +116,16 @@ def check_mesh(experiment: Experiment, devices: int) -> dict[str, int]:
   sizes = mesh_lib.axis_sizes(experiment.mesh, devices)
   step.check_batch(experiment, sizes)
   model = experiment.model
-  for axis, fields in (
-    ('tensor', ('heads', 'kv_heads', 'd_ff', 'padded_vocab_size')),
-    ('fsdp', ('d_model',)),
+  for axes, fields in (
+    (('tensor',), ('heads', 'kv_heads', 'd_ff', 'padded_vocab_size')),
+    (network.WEIGHTS, ('d_model',)),
   ):
     for field in fields:
-      if getattr(model, field) % sizes[axis]:
+      if getattr(model, field) % network.size(sizes, axes):
+        said = ' x '.join(f'mesh.{a}={sizes[a]}' for a in axes if a in sizes)
         raise ValueError(
-          f'mesh.{axis}={sizes[axis]} does not divide '
-          f'model.{field}={getattr(model, field)}; choose a divisor'
+          f'{said} does not divide model.{field}={getattr(model, field)}; '
+          'choose a divisor'
         )
   if experiment.data.sequence_length % sizes.get('context', 1):
     raise ValueError(
