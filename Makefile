@@ -8,7 +8,7 @@ BIN := .venv/bin
 REQUIREMENTS := setup.cfg setup.py pyproject.toml \
   $(wildcard kernels/tritera_kernels/cpu/*.cc kernels/tritera_kernels/cpu/*.h)
 
-.PHONY: help quickstart test check bench gpu tpu-compile clean
+.PHONY: help quickstart test check bench gpu gpu-train tpu-compile clean
 .DELETE_ON_ERROR:
 
 help:
@@ -17,6 +17,7 @@ help:
 	@echo 'make check        format, lint and types'
 	@echo 'make bench        time the kernels and a 1.1B model (five minutes)'
 	@echo 'make gpu          check, tune and time the GPU kernels (25 minutes)'
+	@echo 'make gpu-train    time training of TriLM 99M, 390M, 1.1B and their twins'
 	@echo 'make tpu-compile  compile the TPU kernels, without a TPU (221 MB to fetch)'
 	@echo 'make clean        remove the environment and the quickstart run'
 
@@ -41,6 +42,12 @@ bench: .venv/core
 # machine that reaches no registry. ARGS='--only check limits' runs some stages.
 gpu: $(if $(PYTHON),,.venv/gpu)
 	@$(or $(PYTHON),$(BIN)/python) kernels/bench/gpu.py run $(ARGS)
+
+# ARGS='--seconds 60' tries fewer layouts; --out FOLDER keeps the table.
+gpu-train: $(if $(PYTHON),,.venv/gpu)
+	@PYTHONPATH=.:kernels $(or $(PYTHON),$(BIN)/python) \
+	  -c 'import sys; from tritera_jax import cli; sys.exit(cli.main())' \
+	  bench train --spectra $(ARGS)
 
 tpu-compile: .venv/core
 	@$(BIN)/python -m pip install --quiet --disable-pip-version-check \

@@ -42,13 +42,14 @@ MAY_IMPORT = {
   },
   'interop': {'checkpoint', 'experiment', 'model', 'tritera_kernels'},
   'scaling': set(),
+  'plan': {'experiment', 'model', 'parallel', 'ternary', 'train'},
   'show': {'experiment', 'model'},
   'quickstart': {
     'checkpoint', 'data', 'eval', 'experiment', 'generate', 'show', 'train',
   },
   'cli': {
     'checkpoint', 'data', 'eval', 'experiment', 'generate', 'parallel',
-    'quickstart', 'scaling', 'show', 'train', 'tritera_kernels',
+    'plan', 'quickstart', 'scaling', 'show', 'train', 'tritera_kernels',
   },
 }  # fmt: skip
 NOBODY_IMPORTS = {'experiments', 'notebooks', 'tests', 'kernels'}

@@ -158,6 +158,84 @@ def _show(args: list[str]):
   _with_overrides('show', args, show)
 
 
+def _plan(args: list[str]):
+  from tritera_jax.experiment import Experiment
+  from tritera_jax.plan.reliability import Assumptions
+
+  def plan(
+    experiment: Annotated[Experiment, _BARE] = _resolve('plan', args),
+    assume: Assumptions = Assumptions(),
+    *,
+    target: str,
+    tokens: float | None = None,
+    compare: bool = True,
+    compiles: int = 1,
+    check: int = 0,
+  ):
+    """What a run would take on a machine that is not here, and how to lay it
+    out there. Every line says whether it is exact, compiled or an estimate.
+
+    Args:
+      experiment: as the file says, but for what is given here.
+      assume: about failures and saves.
+      target: CHIP-N, such as v5e-256 or h100-1024; `here` is this machine,
+        measured on the spot.
+      tokens: of the whole run, in place of run.steps.
+      compare: meshes, remat policies and parts of the batch; without: plan
+        with those of the experiment.
+      compiles: how many of the best to compile, where libtpu is installed.
+      check: steps to train here on random tokens, to compare the estimates
+        with; only with --target here.
+    """
+    from tritera_jax.plan import command
+
+    command.run(
+      experiment,
+      target,
+      assumed=assume,
+      tokens=tokens,
+      compare=compare,
+      compiles=compiles,
+      check=check,
+    )
+
+  _with_overrides('plan', args, plan)
+
+
+def _bench(args: list[str]):
+  from tritera_jax import experiment as experiment_lib
+  from tritera_jax.train import bench
+
+  if args[:1] != ['train']:
+    print('usage: tritera bench train [EXPERIMENT ...] [OPTIONS]')
+    raise SystemExit(0 if args[:1] in (['-h'], ['--help']) else 2)
+
+  def train(
+    experiments: Positional[tuple[str, ...]] = (),
+    options: Annotated[bench.Options, _BARE] = bench.Options(),
+    spectra: bool = False,
+    out: Path | None = None,
+  ):
+    """Times training steps of experiments and of their twins, turn by turn.
+
+    Args:
+      experiments: EXPERIMENT.py or EXPERIMENT.py:NAME; several.
+      options: how they are timed.
+      spectra: also TriLM 99M, 390M and 1.1B of experiments/spectra.py, in
+        batches for one GPU.
+      out: folder for train.jsonl and train.md.
+    """
+    named = {name: experiment_lib.load(name) for name in experiments}
+    if spectra:
+      options, more = bench.spectra(options)
+      named |= more
+    if not named:
+      raise ValueError('no experiment; name one, or give --spectra')
+    bench.run(named, options, out, functools.partial(print, flush=True))
+
+  tyro.cli(train, args=args[1:], prog='tritera bench train')
+
+
 def _eval(args: list[str]):
   from tritera_kernels.matmul import Activations
 
@@ -339,6 +417,8 @@ VERBS = {
   'generate': (_generate, 'continue a prompt'),
   'goodput': (_goodput, 'where the time of a run went'),
   'show': (_show, "an experiment's size and cost, without running it"),
+  'plan': (_plan, 'time, memory and layout of a run on another machine'),
+  'bench': (_bench, 'time training steps beside their float twin'),
   'doctor': (_doctor, 'check the kernels on this machine'),
 }
 

@@ -1,12 +1,11 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What an experiment would train, from shapes alone: nothing is allocated."""
+"""What an experiment would train, from shapes alone: nothing is allocated.
+
+What it would take on a machine is `tritera_jax.plan`.
+"""
 
 from tritera_jax.experiment import Experiment
 from tritera_jax.model import flops
-
-# Bytes a parameter of training state: float32 latent, gradient, two moments.
-_STATE_BYTES = 16
-_MOMENT_BYTES = 4  # Muon has one of them
 
 
 def describe(experiment: Experiment) -> str:
@@ -15,9 +14,6 @@ def describe(experiment: Experiment) -> str:
   schedule = experiment.optimizer.schedule
   count = flops.parameters(model)
   linear = flops.linear_parameters(model)
-  state_bytes = _STATE_BYTES * count
-  if experiment.optimizer.muon is not None:
-    state_bytes -= _MOMENT_BYTES * linear
   per_token = flops.training_flops_per_token(model, data.sequence_length)
   lines = [
     ('family', f'{model.family}, compute in {model.dtype}'),
@@ -51,12 +47,6 @@ def describe(experiment: Experiment) -> str:
       'compute',
       f'{per_token:.3g} FLOPs a token, {per_token * experiment.tokens:.3g} '
       'in all (forward and backward, matmuls and attention)',
-    ),
-    (
-      'memory',
-      f'{state_bytes / 2**30:.1f} GiB of training state over all devices '
-      "(estimate: float32 latents, gradients, two moments or Muon's one; no "
-      'activations)',
     ),
     ('schedule', str(schedule)),
     ('mesh', str(experiment.mesh)),

@@ -10,7 +10,7 @@ from collections.abc import Sequence
 import math
 
 import jax
-from jax.sharding import Mesh, NamedSharding, PartitionSpec
+from jax.sharding import AbstractMesh, Mesh, NamedSharding, PartitionSpec
 from jaxtyping import Array, PyTree, Shaped
 import numpy as np
 
@@ -62,7 +62,9 @@ def divisor(*axes: str | None) -> int:
   return math.prod(sizes[name] for axis in axes for name in splits(axis))
 
 
-def shardings(mesh: Mesh, logical_axes: PyTree) -> PyTree[NamedSharding]:
+def shardings(
+  mesh: Mesh | AbstractMesh, logical_axes: PyTree
+) -> PyTree[NamedSharding]:
   """A NamedSharding for each tuple of logical axes in the tree."""
   return jax.tree.map(
     lambda axes: NamedSharding(mesh, spec(axes)),

@@ -8,7 +8,7 @@ from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
-from jax.sharding import Mesh, NamedSharding, PartitionSpec
+from jax.sharding import AbstractMesh, Mesh, NamedSharding, PartitionSpec
 from jaxtyping import Array, Float32, Int32, PyTree, UInt32
 import optax
 
@@ -39,7 +39,7 @@ class TrainState(NamedTuple):
   opt_state: PyTree
 
 
-def shardings(experiment: Experiment, mesh: Mesh) -> TrainState:
+def shardings(experiment: Experiment, mesh: Mesh | AbstractMesh) -> TrainState:
   """The sharding of each leaf of the state; moments lie as parameters do."""
   params = rules.shardings(mesh, decoder.logical_axes(experiment.model))
   whole = rules.shardings(mesh, ())

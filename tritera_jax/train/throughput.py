@@ -30,16 +30,21 @@ _PEAK_TFLOPS = {
 }
 
 
+def data_sheet_tflops(kind: str) -> float | None:
+  """Of a device that JAX calls `kind`, in bfloat16; None if not known."""
+  for start, peak in _PEAK_TFLOPS.items():
+    if kind.startswith(start):
+      return peak
+  return None
+
+
 def peak_tflops(experiment: Experiment, kind: str) -> float | None:
   """Of one device, in the compute dtype; None if it is not known."""
   if experiment.run.peak_tflops:
     return experiment.run.peak_tflops
   if experiment.model.dtype != 'bfloat16':
     return None
-  for start, peak in _PEAK_TFLOPS.items():
-    if kind.startswith(start):
-      return peak
-  return None
+  return data_sheet_tflops(kind)
 
 
 def measures(experiment: Experiment, step: int, steps: int, seconds: float):
