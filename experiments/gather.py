@@ -128,7 +128,7 @@ def sent(experiment: Experiment, compiled) -> dict[str, int]:
   }
 
 
-def bytes_of(topology: str, rows: int) -> Iterator[dict]:
+def bytes_of(kinds: list[Gather], topology: str, rows: int) -> Iterator[dict]:
   """Of each kind, compiled ahead of time for a TPU topology."""
   os.environ.setdefault('TPU_SKIP_MDS_QUERY', '1')
   devices = topologies.get_topology_desc(
@@ -136,9 +136,9 @@ def bytes_of(topology: str, rows: int) -> Iterator[dict]:
   ).devices
   mesh = mesh_lib.make_mesh(MeshConfig(fsdp=-1), devices)
   with jax.sharding.use_abstract_mesh(mesh.abstract_mesh):
-    for kind, experiment in sweep().items():
+    for kind in kinds:
       started = time.perf_counter()
-      experiment = of_rows(experiment, rows * len(devices))
+      experiment = of_rows(sweep()[kind], rows * len(devices))
       compiled = program(experiment, mesh)
       memory = compiled.memory_analysis()
       yield {
@@ -163,7 +163,7 @@ def small(rows: int, kind: Gather) -> Experiment:
   return dataclasses.replace(base, model=model, data=data)
 
 
-def times_of(rounds: int, steps: int) -> Iterator[dict]:
+def times_of(kinds: list[Gather], rounds: int, steps: int) -> Iterator[dict]:
   """Of each kind, turn by turn: the update, and its forward pass alone."""
   mesh = mesh_lib.make_mesh(MeshConfig(fsdp=-1))
   rows = mesh.devices.size
@@ -173,8 +173,8 @@ def times_of(rounds: int, steps: int) -> Iterator[dict]:
       step.batch_sharding(mesh),
       lambda index: np.zeros((rows, 17), np.int32)[index],
     )
-    state = step.jitted_init(small(rows, 'auto'), mesh)()
-    experiments = {kind: small(rows, kind) for kind in KINDS}
+    state = step.jitted_init(small(rows, kinds[0]), mesh)()
+    experiments = {kind: small(rows, kind) for kind in kinds}
     updates = {kind: program(e, mesh) for kind, e in experiments.items()}
     forwards = {
       kind: jax.jit(
@@ -185,11 +185,11 @@ def times_of(rounds: int, steps: int) -> Iterator[dict]:
       for kind, e in experiments.items()
     }
     seconds = {
-      (kind, what): [] for kind in KINDS for what in ('update', 'forward')
+      (kind, what): [] for kind in kinds for what in ('update', 'forward')
     }
     n = 0
     for round in range(rounds + 1):
-      for kind in KINDS:
+      for kind in kinds:
         started = time.perf_counter()
         for _ in range(steps):
           loss = forwards[kind](state.params, tokens)
@@ -204,9 +204,9 @@ def times_of(rounds: int, steps: int) -> Iterator[dict]:
           seconds[kind, 'update'].append(
             (time.perf_counter() - between) / steps
           )
-  peers = {what: seconds['bfloat16', what] for what in ('update', 'forward')}
   for (kind, what), values in seconds.items():
-    ratios = [a / b for a, b in zip(peers[what], values, strict=True)]
+    peer = seconds['bfloat16', what]
+    ratios = [a / b for a, b in zip(peer, values, strict=True)]
     sends = updates if what == 'update' else forwards
     yield {
       'gather': kind,
@@ -229,7 +229,7 @@ def spread(values: list[float], unit: float) -> dict[str, float]:
 
 
 def start_processes(count: int) -> list[subprocess.Popen]:
-  """Others like this one, each with its share of 8 devices."""
+  """Others like this one, each with its share of the devices."""
   with socket.socket() as probe:
     probe.bind(('127.0.0.1', 0))
     port = probe.getsockname()[1]
@@ -246,26 +246,32 @@ def main():
     description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
   )
   parser.add_argument('what', choices=('bytes', 'time'))
+  parser.add_argument('--gather', nargs='+', choices=KINDS, default=KINDS)
   parser.add_argument('--topology', default='v5e:16x16')
   parser.add_argument('--rows', type=int, default=1, help='of a device')
+  parser.add_argument('--devices', type=int, default=8, help='of the host')
   parser.add_argument('--processes', type=int, default=1)
   parser.add_argument('--rounds', type=int, default=10)
   parser.add_argument('--steps', type=int, default=5)
   parser.add_argument('--process', default='', help='N,HOST:PORT; its own')
   options = parser.parse_args()
+  if options.what == 'time' and 'bfloat16' not in options.gather:
+    parser.error('--gather must name bfloat16, the peer of all ratios')
   if options.processes > 1 and not options.process:
     raise SystemExit(
       max(child.wait() for child in start_processes(options.processes))
     )
   jax.config.update('jax_platforms', 'cpu')
   if options.what == 'bytes':
-    lines = bytes_of(options.topology, options.rows)
+    lines = bytes_of(options.gather, options.topology, options.rows)
   else:
-    jax.config.update('jax_num_cpu_devices', 8 // options.processes)
+    jax.config.update(
+      'jax_num_cpu_devices', options.devices // options.processes
+    )
     if options.process:
       number, coordinator = options.process.split(',')
       jax.distributed.initialize(coordinator, options.processes, int(number))
-    lines = times_of(options.rounds, options.steps)
+    lines = times_of(options.gather, options.rounds, options.steps)
   for line in lines:
     if jax.process_index() == 0:
       print(json.dumps(line), flush=True)

@@ -177,14 +177,18 @@ def test_a_step_gathers_bytes_and_derives_the_same():
     accumulation=parts, remat='block', gather='two_bit'
   )
   params, tokens = step.init_state(plain).params, test_step.batch(0)
-  gradient = lambda experiment: jax.jit(
-    lambda params, tokens: step._accumulated(experiment, params, tokens)
-  )
+
+  def gradient(experiment):
+    """Compiled in half the time; what is sent is the same."""
+    run = lambda params, tokens: step._accumulated(experiment, params, tokens)
+    options = {'xla_backend_optimization_level': 0}
+    return jax.jit(run).lower(params, tokens).compile(options)
+
   (_, measured), want = gradient(plain)(params, tokens)
   mesh = mesh_lib.make_mesh(MeshConfig(fsdp=fsdp, tensor=tensor))
   with jax.set_mesh(mesh):
     params = jax.device_put(params, step.shardings(config, mesh).params)
-    program = gradient(config).lower(params, tokens).compile()
+    program = gradient(config)
     (_, told), got = program(params, tokens)
   assert float(told['loss']) == pytest.approx(float(measured['loss']), rel=1e-6)
   test_step.close(got, want, rtol=1e-5)
