@@ -25,7 +25,8 @@ Why not gather keys and values at once (Llama 3, arXiv 2407.21783, 3.3.2)? The
 bytes are the same, but they are there all at once (TriLM 3.9B, 32k tokens,
 bfloat16: 403 MB a layer and row; 100 MB with Spectra-1.1's 6 kv heads), before
 any work that could hide them, and queries and keys of two lengths want a mask
-where a fused kernel has two cases. What is stored for the backward pass is q,
+where a fused kernel has two cases. (Compiled for a TPU v5e, every hop starts
+before a block's work and ends after it.) What is stored for the backward pass is q,
 k, v, o and L of this device's tokens; what is computed at once, the scores of
 one block.
 
