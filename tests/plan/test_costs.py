@@ -8,6 +8,7 @@ import pytest
 
 from tests import tiny
 from tritera_jax.experiment import MuonConfig
+from tritera_jax.parallel import mesh
 from tritera_jax.parallel.mesh import MeshConfig
 from tritera_jax.plan import aot, costs, traced
 from tritera_jax.plan.targets import Chip, Target
@@ -41,11 +42,11 @@ def test_products_count_as_often_as_their_loop_runs():
   assert found == (5 * 2 * 3 * 8 * 8, 5 * 4 * (3 * 8 + 8 * 8 + 3 * 8))
 
 
-@pytest.mark.parametrize(('mesh', 'parts'), [((2, 2, 2), 1), ((1, 4, 2), 2)])
-def test_flops_of_a_device_are_its_share(experiment, mesh, parts):
-  laid_out = with_mesh(experiment, *mesh, accumulation=parts)
+@pytest.mark.parametrize(('sizes', 'parts'), [((2, 2, 2), 1), ((1, 4, 2), 2)])
+def test_flops_of_a_device_are_its_share(experiment, sizes, parts):
+  laid_out = with_mesh(experiment, *sizes, accumulation=parts)
   found = costs.of(laid_out, TARGET)
-  tokens = 8 * 32 / (mesh[0] * mesh[1])
+  tokens = 8 * 32 / (sizes[0] * sizes[1])
   # Half the heads, of the MLP and of the 512 columns of the head.
   products = weights(2, 1, 48) + 48 * 256
   attention = 2 * (2 * 12) * 32  # all T x T, for scores and for values
@@ -77,7 +78,7 @@ def test_state_and_arguments_are_the_compilers(experiment):
 
 
 def test_muon_keeps_one_moment_of_the_blocks_matrices(experiment):
-  one = (('data', 1), ('fsdp', 1), ('tensor', 1))
+  one = tuple((axis, 1) for axis in mesh.AXES)
   adamw, parameters = costs.state_bytes(experiment, one)
   optimizer = dataclasses.replace(experiment.optimizer, muon=MuonConfig())
   muon, _ = costs.state_bytes(
@@ -117,7 +118,7 @@ def test_terms_bound_the_estimate(experiment):
 
 
 @pytest.mark.parametrize(
-  ('mesh', 'words'),
+  ('sizes', 'words'),
   [
     ((2, 2, 1), 'takes 4 devices, but there are 8'),
     ((16, 1, 1), 'takes 16 devices, but there are 8'),
@@ -125,9 +126,9 @@ def test_terms_bound_the_estimate(experiment):
     ((2, 1, 4), 'mesh.tensor=4 does not divide model.kv_heads=2'),
   ],
 )
-def test_a_mesh_that_does_not_fit_is_named(experiment, mesh, words):
+def test_a_mesh_that_does_not_fit_is_named(experiment, sizes, words):
   with pytest.raises(ValueError, match=words):
-    costs.of(with_mesh(experiment, *mesh), TARGET)
+    costs.of(with_mesh(experiment, *sizes), TARGET)
 
 
 def test_a_batch_that_cannot_be_divided_is_named(experiment):

@@ -17,7 +17,7 @@ from tritera_jax.plan.targets import Target
 REMATS: tuple[Remat, ...] = typing.get_args(Remat)
 # Past it tensor parallelism leaves a node of GPUs, and shares are small.
 _MOST_TENSOR = 8
-_MOST_CONTEXT = 8
+_MOST_CONTEXT = 4
 # By how much another gather than XLA's has to win: the estimate counts what is
 # sent, and not the work of packing it.
 _WORTH = 1.03
