@@ -26,6 +26,8 @@ RULES: dict[str, str | tuple[str, ...]] = {
 def spec(axes: tuple[str | None, ...]) -> PartitionSpec:
   """The PartitionSpec of an array with these logical axes.
 
+  Inside jax.shard_map, of the mesh axes that are left to it: see `free_axes`.
+
   Raises:
     ValueError: two dimensions would be split over the same mesh axis.
   """
@@ -41,7 +43,20 @@ def spec(axes: tuple[str | None, ...]) -> PartitionSpec:
       f'logical axes {axes} map to {entries}: one mesh axis cannot split two '
       'dimensions'
     )
-  return PartitionSpec(*entries)
+  manual = jax.sharding.get_abstract_mesh().manual_axes
+  return PartitionSpec(*(_without(entry, manual) for entry in entries))
+
+
+def _without(entry, axes):
+  if isinstance(entry, str):
+    return None if entry in axes else entry
+  return entry and tuple(axis for axis in entry if axis not in axes)
+
+
+def free_axes() -> set[str]:
+  """Mesh axes that jax.shard_map, if this is inside it, has not taken."""
+  mesh = jax.sharding.get_abstract_mesh()
+  return set(mesh.axis_names) - set(mesh.manual_axes)
 
 
 def shardings(mesh: Mesh, logical_axes: PyTree) -> PyTree[NamedSharding]:
