@@ -44,19 +44,22 @@ def train(experiment: Experiment, *, quiet: bool = False) -> step.TrainState:
   """
   run, folder = experiment.run, Path(experiment.run.folder)
   ledger = goodput.Ledger(run.stall_seconds / 2)
-  with signals_lib.received() as signals:
-    sources = _open_sources(experiment)
-    watch = watchdog.watching(
+  sources: Sequence[shards.TokenSource] = ()
+  with (
+    signals_lib.received() as signals,
+    watchdog.watching(
       ledger,
       signals,
       lambda: loader.waiting(sources),
       stall_seconds=run.stall_seconds,
       stop_seconds=run.stop_seconds,
-    )
+    ),
+  ):
+    sources = _open_sources(experiment)
+    tokenizer = shards.read_tokenizer(experiment.data.path)
     mesh = mesh_lib.make_mesh(experiment.mesh)
-    with watch, jax.set_mesh(mesh):
-      update = step.jitted(experiment, mesh)
-      tokenizer = shards.read_tokenizer(experiment.data.path)
+    with jax.set_mesh(mesh):
+      update = step.jitted(experiment, mesh, votes=jax.process_count() > 1)
 
       def open_folder():
         save.write_experiment(experiment, folder)
@@ -127,7 +130,7 @@ class _Attempt:
         observer.before_update(n + 1, state, self.signals)
         writing = self.checkpoints.is_saving_in_progress()
         votes = agreement.votes(self.pace.busy(writing=writing))
-        state, measured = update(state, tokens_BT1, n, votes)
+        state, measured = update(state, tokens_BT1, n, *votes)
         before, now = now, (measured, n + 1, batch)
         # One step behind, so that the devices have work while we look.
         self._judge(judge, before, state)

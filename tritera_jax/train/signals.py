@@ -108,14 +108,14 @@ class Agreement:
     self.shape = (mesh.size, len(Wish._fields))
     self.busy = False
 
-  def votes(self, busy: bool) -> Int32[Array, 'P W'] | None:
-    """This process's, for `step.jitted`; None without other processes."""
+  def votes(self, busy: bool) -> tuple[Int32[Array, 'P W'], ...]:
+    """This process's, for `step.jitted`; nothing without other processes."""
     self.busy = busy
     if self.alone:
-      return None
+      return ()
     row_1W = np.array([[self.signals.stop or 0, busy]], np.int32)
-    return jax.make_array_from_callback(
-      self.shape, self.sharding, lambda _: row_1W
+    return (
+      jax.make_array_from_callback(self.shape, self.sharding, lambda _: row_1W),
     )
 
   def reached(self, measured: Mapping | None) -> Wish:

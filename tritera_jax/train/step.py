@@ -78,11 +78,11 @@ def jitted_init(experiment: Experiment, mesh: Mesh):
   )
 
 
-def jitted(experiment: Experiment, mesh: Mesh):
+def jitted(experiment: Experiment, mesh: Mesh, *, votes: bool = False):
   """`train_step` of (state, tokens, n); the state's buffers are reused.
 
-  A fourth argument, `votes`, is what each device's process wants: the largest
-  of each wish is among the metrics as `votes`, the same for all processes.
+  With `votes` it has a fourth argument, what each device's process wants: the
+  largest of each wish is among the metrics, the same for all processes.
 
   Raises:
     ValueError: the mesh cannot divide the batch.
@@ -90,18 +90,19 @@ def jitted(experiment: Experiment, mesh: Mesh):
   check_batch(experiment, mesh.shape)
   placed = shardings(experiment, mesh)
 
-  def update(state, tokens_BT1, n, votes_PW=None):
+  def update(state, tokens_BT1, n, *votes_PW):
     after, measured = train_step(experiment, state, tokens_BT1, n)
-    if votes_PW is not None:
-      measured['votes'] = votes_PW.max(axis=0)
+    measured |= {'votes': wishes.max(axis=0) for wishes in votes_PW}
     return after, measured
 
   return jax.jit(
     update,
-    in_shardings=(placed, batch_sharding(mesh), None, votes_sharding(mesh)),
+    in_shardings=(
+      placed, batch_sharding(mesh), None, *votes * [votes_sharding(mesh)],
+    ),
     out_shardings=(placed, None),
     donate_argnums=0,
-  )
+  )  # fmt: skip
 
 
 def votes_sharding(mesh: Mesh) -> NamedSharding:
