@@ -92,7 +92,8 @@ def jitted(experiment: Experiment, mesh: Mesh, *, votes: bool = False):
 
   def update(state, tokens_BT1, n, *votes_PW):
     after, measured = train_step(experiment, state, tokens_BT1, n)
-    measured |= {'votes': wishes.max(axis=0) for wishes in votes_PW}
+    for wishes_PW in votes_PW:
+      measured['votes'] = wishes_PW.max(axis=0)
     return after, measured
 
   return jax.jit(
