@@ -184,7 +184,7 @@ def test_rows_of_zeros_stay_zero():
   'settings, words',
   [
     ({'workers': 3}, 'diloco.workers=3 must be a multiple of mesh.data=2'),
-    ({'batch_size': 4}, 'batch_size=4 must be a multiple of .* workers=4'),
+    ({'batch_size': 4}, 'batch_size=4 must be a multiple of .*workers=4'),
   ],
 )
 def test_workers_that_do_not_fit_are_refused(settings, words):

@@ -6,7 +6,9 @@ table says which mesh axes split it. Dimensions that no rule names, and every
 dimension when there is no mesh, stay whole.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+import contextlib
+import contextvars
 
 import jax
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
@@ -26,7 +28,7 @@ RULES: dict[str, str | tuple[str, ...]] = {
 def spec(axes: tuple[str | None, ...]) -> PartitionSpec:
   """The PartitionSpec of an array with these logical axes.
 
-  Inside jax.shard_map, of the mesh axes that are left to it: see `free_axes`.
+  Inside `without`, of the mesh axes that are left.
 
   Raises:
     ValueError: two dimensions would be split over the same mesh axis.
@@ -43,20 +45,32 @@ def spec(axes: tuple[str | None, ...]) -> PartitionSpec:
       f'logical axes {axes} map to {entries}: one mesh axis cannot split two '
       'dimensions'
     )
-  manual = jax.sharding.get_abstract_mesh().manual_axes
-  return PartitionSpec(*(_without(entry, manual) for entry in entries))
+  taken = _taken.get()
+  return PartitionSpec(*(_left(entry, taken) for entry in entries))
 
 
-def _without(entry, axes):
+_taken: contextvars.ContextVar[frozenset[str]] = contextvars.ContextVar(
+  'taken', default=frozenset()
+)
+
+
+@contextlib.contextmanager
+def without(*axes: str) -> Iterator[None]:
+  """What is traced in the block is split over the other mesh axes only.
+
+  For the body of a jax.vmap whose mapped axis lies on these.
+  """
+  token = _taken.set(_taken.get() | set(axes))
+  try:
+    yield
+  finally:
+    _taken.reset(token)
+
+
+def _left(entry: str | tuple[str, ...] | None, taken: frozenset[str]):
   if isinstance(entry, str):
-    return None if entry in axes else entry
-  return entry and tuple(axis for axis in entry if axis not in axes)
-
-
-def free_axes() -> set[str]:
-  """Mesh axes that jax.shard_map, if this is inside it, has not taken."""
-  mesh = jax.sharding.get_abstract_mesh()
-  return set(mesh.axis_names) - set(mesh.manual_axes)
+    return None if entry in taken else entry
+  return entry and tuple(axis for axis in entry if axis not in taken)
 
 
 def shardings(mesh: Mesh, logical_axes: PyTree) -> PyTree[NamedSharding]:

@@ -136,7 +136,6 @@ def _computed(settings, with_gradients, *arrays):
       functools.partial(local, axes),
       in_specs=(hidden, head, tokens, tokens),
       out_specs=(tokens, tokens, (hidden, head) if with_gradients else None),
-      axis_names=rules.free_axes(),
       check_vma=False,  # nothing is differentiated through it
     )(*arrays)
   losses_BT = nats_BT + settings.z_loss * squared_BT

@@ -14,8 +14,10 @@ without loss and 2 bits nearly so, given levels that fit the distribution and
 the error fed back. Q here is the quantiser of least squared error for a normal
 distribution (Lloyd, Max), scaled to the root mean square of each row.
 
-Workers lie along the mesh axis `data`, W / data of them on each place. Between
-agreements nothing crosses it but the metrics' few numbers.
+Workers lie along the mesh axis `data`, W / data of them on each place; each is
+an element of a mapped axis, for a manual one stops XLA's partitioner beside
+fsdp and tensor (jax 0.11.2). Between agreements nothing crosses `data` but the
+metrics' few numbers.
 """
 
 import functools
@@ -31,6 +33,7 @@ import numpy as np
 import optax
 
 from tritera_jax.experiment import DiLoCoConfig
+from tritera_jax.parallel import rules
 
 _AXIS = 'data'
 
@@ -131,62 +134,36 @@ def step(
   W = config.workers
   B, T1 = tokens_BT1.shape
   tokens_WbT1 = tokens_BT1.reshape(W, B // W, T1)
-  run = functools.partial(_step, config, inner_step)
-  if jax.sharding.get_abstract_mesh().empty:
-    return run((), params, state, tokens_WbT1, agree)
-  whole, split = PartitionSpec(), PartitionSpec(_AXIS)
-  placed = DiLoCoState(split, split, whole, split)
-  return jax.shard_map(
-    functools.partial(run, (_AXIS,)),
-    in_specs=(whole, placed, split, whole),
-    out_specs=(whole, placed, whole),
-    axis_names={_AXIS},
-    check_vma=False,
-  )(params, state, tokens_WbT1, agree)
-
-
-def _step(config, inner_step, axes, params, state, tokens_WbT1, agree):
-  def one(_, worker):
-    return None, inner_step(*worker)
-
-  _, (workers, inner, measured) = jax.lax.scan(
-    one, None, (state.workers, state.inner, tokens_WbT1)
-  )
-  measured = {
-    name: _over(jax.lax.pmean, jnp.mean(value_W), axes)
-    for name, value_W in measured.items()
-  }
+  meshless = jax.sharding.get_abstract_mesh().empty
+  with rules.without(_AXIS):
+    workers, inner, measured = jax.vmap(
+      inner_step, spmd_axis_name=None if meshless else _AXIS
+    )(state.workers, state.inner, tokens_WbT1)
   state = state._replace(workers=workers, inner=inner)
   params, state = jax.lax.cond(
     agree,
-    lambda: _agreed(config, axes, params, state),
+    lambda: _agreed(config, params, state),
     lambda: (params, state),
   )
-  return params, state, measured
+  return params, state, {k: v.mean() for k, v in measured.items()}
 
 
-def _over(reduce, value, axes):
-  return reduce(value, axes) if axes else value
-
-
-def _agreed(config: DiLoCoConfig, axes, params, state: DiLoCoState):
-  """What comes of an agreement; leaves of workers are those of this device."""
+def _agreed(config: DiLoCoConfig, params: PyTree, state: DiLoCoState):
+  """What comes of an agreement."""
 
   def leaf(theta, theta_W, momentum, kept_W):
     delta_W = theta - theta_W
     if kept_W is None:
-      mean = _over(jax.lax.pmean, delta_W.mean(axis=0), axes)
+      mean = delta_W.mean(axis=0)
     else:
       delta_W = delta_W + kept_W
       packed_W = quantize(delta_W, config.bits)
       kept_W = delta_W - dequantize(packed_W, config.bits)
-      if axes:
-        packed_W = jax.lax.all_gather(packed_W, axes, tiled=True)
       # One after another: W matrices of floats would not fit.
       total, _ = jax.lax.scan(
         lambda total, packed: (total + dequantize(packed, config.bits), None),
         jnp.zeros_like(theta),
-        packed_W,
+        jax.tree.map(_sent, packed_W),
       )
       mean = total / config.workers
     momentum = config.momentum * momentum + config.rate * mean
@@ -204,6 +181,14 @@ def _agreed(config: DiLoCoConfig, axes, params, state: DiLoCoState):
     for leaves in zip(*map(leaf, flat, *rest), strict=True)
   )
   return theta, DiLoCoState(workers, state.inner, momentum, kept)
+
+
+def _sent(x_W: Array) -> Array:
+  """Every worker's, on every place of the axis: this is what crosses it."""
+  if jax.sharding.get_abstract_mesh().empty:
+    return x_W
+  rest = [PartitionSpec.UNCONSTRAINED] * (x_W.ndim - 1)
+  return jax.lax.with_sharding_constraint(x_W, PartitionSpec(None, *rest))
 
 
 class Packed(NamedTuple):
