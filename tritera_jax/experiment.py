@@ -149,6 +149,40 @@ class MuonConfig:
 
 
 @dataclasses.dataclass(frozen=True)
+class DiLoCoConfig:
+  """DiLoCo (arXiv 2311.08105), or with Muon MuLoCo (2505.23725).
+
+  Attributes:
+    workers: that train apart, each on its share of every batch; a multiple of
+      mesh.data, along which they lie.
+    every: steps between agreements, H; it divides run.steps.
+    rate: of the outer step, eta.
+    momentum: of the outer step, which is Nesterov's, mu.
+    bits: that matrices' differences are sent in, 2 or 4, what rounding left
+      out being added to the next; 32: they are not rounded.
+  """
+
+  workers: int
+  every: int = 30
+  rate: float = 0.7
+  momentum: float = 0.6
+  bits: Literal[2, 4, 32] = 32
+
+  def __post_init__(self):
+    for field in ('workers', 'every'):
+      if getattr(self, field) < 1:
+        raise ValueError(
+          f'optimizer.diloco.{field}={getattr(self, field)} must be >= 1'
+        )
+    if not 0 < self.rate < float('inf'):
+      raise ValueError(f'optimizer.diloco.rate={self.rate} must be > 0')
+    if not 0 <= self.momentum < 1:
+      raise ValueError(
+        f'optimizer.diloco.momentum={self.momentum} must lie in [0, 1)'
+      )
+
+
+@dataclasses.dataclass(frozen=True)
 class OptimizerConfig:
   """AdamW under a schedule; betas are the paper's (Spectra A.3).
 
@@ -161,6 +195,7 @@ class OptimizerConfig:
     z_loss: adds this times the mean of log(Z)^2 to the loss that is minimised,
       Z the sum of the exponentials of a token's logits (PaLM's 1e-4).
     muon: for the blocks' matrices in place of AdamW; None: AdamW for all.
+    diloco: workers that train apart and agree now and then; None: every step.
   """
 
   schedule: Schedule
@@ -170,6 +205,7 @@ class OptimizerConfig:
   clip_norm: float = 1.0
   z_loss: float = 0.0
   muon: MuonConfig | None = None
+  diloco: DiLoCoConfig | None = None
 
   def __post_init__(self):
     if not self.clip_norm > 0:
@@ -342,6 +378,12 @@ class Experiment:
           f"{self.model.dtype!r} multiplies; set run.gather to 'auto', or "
           "model.dtype to 'bfloat16'"
         )
+    diloco = self.optimizer.diloco
+    if diloco is not None and self.run.steps % diloco.every:
+      raise ValueError(
+        f'optimizer.diloco.every={diloco.every} must divide run.steps='
+        f'{self.run.steps}: the last step has to be an agreement'
+      )
     if isinstance(self.optimizer.schedule, InfiniteSchedule):
       self.optimizer.schedule.check_fits(self.run.steps)
 

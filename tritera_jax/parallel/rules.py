@@ -6,7 +6,9 @@ table says which mesh axes split it. Dimensions that no rule names, and every
 dimension when there is no mesh, stay whole.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+import contextlib
+import contextvars
 import math
 
 import jax
@@ -30,6 +32,8 @@ RULES: dict[str, str | tuple[str, ...]] = {
 def spec(axes: tuple[str | None, ...]) -> PartitionSpec:
   """The PartitionSpec of an array with these logical axes.
 
+  Inside `without`, of the mesh axes that are left.
+
   Raises:
     ValueError: two dimensions would be split over the same mesh axis.
   """
@@ -45,13 +49,38 @@ def spec(axes: tuple[str | None, ...]) -> PartitionSpec:
       f'logical axes {axes} map to {entries}: one mesh axis cannot split two '
       'dimensions'
     )
-  return PartitionSpec(*entries)
+  taken = _taken.get()
+  return PartitionSpec(*(_left(entry, taken) for entry in entries))
+
+
+_taken: contextvars.ContextVar[frozenset[str]] = contextvars.ContextVar(
+  'taken', default=frozenset()
+)
+
+
+@contextlib.contextmanager
+def without(*axes: str) -> Iterator[None]:
+  """What is traced in the block is split over the other mesh axes only.
+
+  For the body of a jax.vmap whose mapped axis lies on these.
+  """
+  token = _taken.set(_taken.get() | set(axes))
+  try:
+    yield
+  finally:
+    _taken.reset(token)
+
+
+def _left(entry: str | tuple[str, ...] | None, taken: frozenset[str]):
+  if isinstance(entry, str):
+    return None if entry in taken else entry
+  return entry and tuple(axis for axis in entry if axis not in taken)
 
 
 def splits(axis: str | None) -> tuple[str, ...]:
   """The axes, larger than 1, of the mesh in use that split a logical axis."""
   mesh = jax.sharding.get_abstract_mesh()
-  names = RULES.get(axis, ()) if axis and not mesh.empty else ()
+  names = () if mesh.empty else spec((axis,))[0] or ()
   names = (names,) if isinstance(names, str) else names
   return tuple(name for name in names if mesh.shape[name] > 1)
 

@@ -15,7 +15,7 @@ import optax
 from tritera_jax.experiment import Experiment
 from tritera_jax.model import decoder
 from tritera_jax.parallel import rules
-from tritera_jax.train import chunked_loss, loss, optimizer
+from tritera_jax.train import chunked_loss, diloco, loss, optimizer
 
 
 class TrainState(NamedTuple):
@@ -30,7 +30,7 @@ class TrainState(NamedTuple):
     tokens_digest: of all the tokens trained on, in order: two runs that agree
       in it have lost and repeated the same batches, which is none.
     params: float32 latents.
-    opt_state: of optax.
+    opt_state: of optax, or of DiLoCo.
   """
 
   step: Int32[Array, '']
@@ -41,19 +41,23 @@ class TrainState(NamedTuple):
 
 def shardings(experiment: Experiment, mesh: Mesh | AbstractMesh) -> TrainState:
   """The sharding of each leaf of the state; moments lie as parameters do."""
+  config = experiment.optimizer
   params = rules.shardings(mesh, decoder.logical_axes(experiment.model))
   whole = rules.shardings(mesh, ())
-  state = jax.eval_shape(lambda: init_state(experiment))
+  shapes = decoder.abstract_params(experiment.model)
+  rule = optimizer.make(config, experiment.run.steps)
   # Muon and AdamW each have a MaskedNode where the other has a moment.
   masked = lambda leaf: isinstance(leaf, optax.MaskedNode)
   opt_state = optax.tree.map_params(
-    optimizer.make(experiment.optimizer, experiment.run.steps),
+    rule,
     lambda leaf, sharding: leaf if masked(leaf) else sharding,
-    state.opt_state,
+    jax.eval_shape(rule.init, shapes),
     params,
     transform_non_params=lambda _: whole,
     is_leaf=masked,
   )
+  if config.diloco is not None:
+    opt_state = diloco.shardings(mesh, config.diloco, params, opt_state, shapes)
   return TrainState(whole, whole, params, opt_state)
 
 
@@ -126,6 +130,7 @@ def check_batch(experiment: Experiment, sizes: Mapping[str, int]):
       f'data.batch_size={rows} must be a multiple of run.accumulation={parts} '
       f'x mesh.data={sizes["data"]} x mesh.fsdp={sizes["fsdp"]}'
     )
+<<<<<<< HEAD
   context, model = sizes['context'], experiment.model
   if context == 1:
     return
@@ -145,13 +150,34 @@ def check_batch(experiment: Experiment, sizes: Mapping[str, int]):
         + ' x '.join(f'mesh.{axis}={sizes[axis]}' for axis in axes)
         + f', with mesh.context={context}'
       )
+=======
+  config = experiment.optimizer.diloco
+  if config is None:
+    return
+  if config.workers % sizes['data']:
+    raise ValueError(
+      f'optimizer.diloco.workers={config.workers} must be a multiple of '
+      f'mesh.data={sizes["data"]}, along which they lie'
+    )
+  if rows % (parts * config.workers * sizes['fsdp']):
+    raise ValueError(
+      f'data.batch_size={rows} must be a multiple of run.accumulation={parts} '
+      f'x optimizer.diloco.workers={config.workers} x mesh.fsdp='
+      f'{sizes["fsdp"]}'
+    )
+>>>>>>> diloco6
 
 
 def init_state(experiment: Experiment) -> TrainState:
   """The state before the first update; a pure function of run.seed."""
   params = decoder.init(experiment.model, jax.random.key(experiment.run.seed))
-  update = optimizer.make(experiment.optimizer, experiment.run.steps)
-  return TrainState(jnp.int32(0), jnp.uint32(0), params, update.init(params))
+  config = experiment.optimizer
+  rule = optimizer.make(config, experiment.run.steps)
+  if config.diloco is None:
+    opt_state = rule.init(params)
+  else:
+    opt_state = diloco.init(config.diloco, params, rule)
+  return TrainState(jnp.int32(0), jnp.uint32(0), params, opt_state)
 
 
 def train_step(
@@ -170,21 +196,36 @@ def train_step(
   updated (1 or 0).
   """
   run, config = experiment.run, experiment.optimizer
-  (_, measured), grads = _accumulated(experiment, state.params, tokens_BT1)
-  measured['gradient_norm'] = optax.tree.norm(grads)
+  update = functools.partial(_update, experiment)
+  if config.diloco is None:
+    params, opt_state, measured = update(
+      state.params, state.opt_state, tokens_BT1
+    )
+  else:
+    params, opt_state, measured = diloco.step(
+      config.diloco,
+      state.params,
+      state.opt_state,
+      tokens_BT1,
+      (state.step + 1) % config.diloco.every == 0,
+      update,
+    )
   updated = (
     jnp.isfinite(measured['loss'])
     & jnp.isfinite(measured['gradient_norm'])
     & (state.step == n)
   )
+<<<<<<< HEAD
   update = optimizer.make(
     config, run.steps, decoder.logical_axes(experiment.model)
   )
   updates, opt_state = update.update(grads, state.opt_state, state.params)
+=======
+>>>>>>> diloco6
   after = TrainState(
     state.step + 1,
     _digest(state.tokens_digest, tokens_BT1),
-    optax.apply_updates(state.params, updates),
+    params,
     opt_state,
   )
   after = jax.tree.map(
@@ -196,6 +237,15 @@ def train_step(
     'learning_rate': rate,
     'updated': updated.astype(jnp.float32),
   }
+
+
+def _update(experiment: Experiment, params: PyTree, opt_state, tokens_BT1):
+  """Parameters and optimizer state after a batch, and what was measured."""
+  (_, measured), grads = _accumulated(experiment, params, tokens_BT1)
+  measured['gradient_norm'] = optax.tree.norm(grads)
+  rule = optimizer.make(experiment.optimizer, experiment.run.steps)
+  updates, opt_state = rule.update(grads, opt_state, params)
+  return optax.apply_updates(params, updates), opt_state, measured
 
 
 def _accumulated(experiment: Experiment, params: PyTree, tokens_BT1):

@@ -1,0 +1,202 @@
+# SPDX-License-Identifier: Apache-2.0
+import dataclasses
+import functools
+import math
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from tests.train.test_step import EXPERIMENT, batch
+from tritera_jax.experiment import DiLoCoConfig, MuonConfig
+from tritera_jax.parallel import mesh as mesh_lib
+from tritera_jax.parallel.mesh import MeshConfig
+from tritera_jax.train import diloco, optimizer, step
+
+
+def experiment(muon=False, batch_size=8, **config):
+  config = DiLoCoConfig(**{'workers': 4, 'every': 3, **config})
+  return dataclasses.replace(
+    EXPERIMENT,
+    optimizer=dataclasses.replace(
+      EXPERIMENT.optimizer,
+      diloco=config,
+      muon=MuonConfig() if muon else None,
+    ),
+    data=dataclasses.replace(EXPERIMENT.data, batch_size=batch_size),
+    run=dataclasses.replace(EXPERIMENT.run, loss_chunk=16),
+  )
+
+
+def levels_by_integration(count):
+  """Lloyd's iteration on a fine grid of the normal's density."""
+  x = np.linspace(-8, 8, 400_001)
+  density = np.exp(-(x**2) / 2)
+  levels = np.linspace(-1.5, 1.5, count)
+  for _ in range(500):
+    nearest = np.searchsorted((levels[1:] + levels[:-1]) / 2, x)
+    levels = np.array(
+      [np.average(x[nearest == i], weights=density[nearest == i])
+       for i in range(count)]
+    )  # fmt: skip
+  return levels
+
+
+def rounded(x, bits):
+  """The oracle's Q, of float64 rows."""
+  scale = np.sqrt(np.mean(x**2, axis=-1, keepdims=True))
+  levels = diloco.normal_levels(2**bits)
+  relative = x / np.where(scale > 0, scale, 1)
+  nearest = np.abs(relative[..., None] - levels).argmin(axis=-1)
+  return levels[nearest] * scale
+
+
+def textbook(config, steps):
+  """DiLoCo's algorithm, worker by worker: theta after each agreement."""
+  settings = config.optimizer.diloco
+  alone = dataclasses.replace(
+    config, optimizer=dataclasses.replace(config.optimizer, diloco=None)
+  )
+  rule = optimizer.make(alone.optimizer, config.run.steps)
+  theta = step.init_state(alone).params
+  workers = [(theta, rule.init(theta))] * settings.workers
+  u = jax.tree.map(np.zeros_like, theta)
+  mu, eta = settings.momentum, settings.rate
+  kept = [jax.tree.map(np.zeros_like, theta)] * settings.workers
+  update = jax.jit(functools.partial(step._update, alone))
+  losses, agreed = [], []
+  for n in range(steps):
+    rows = np.split(batch(n, config.data.batch_size), settings.workers)
+    after = [
+      update(*worker, mine) for worker, mine in zip(workers, rows, strict=True)
+    ]
+    workers = [(params, inner) for params, inner, _ in after]
+    losses.append(np.mean([measured['loss'] for *_, measured in after]))
+    if (n + 1) % settings.every:
+      continue
+    delta = [
+      jax.tree.map(lambda t, w, e: np.asarray(t - w, np.float64) + e, *trees)
+      for trees in zip(
+        [theta] * len(workers), [w for w, _ in workers], kept, strict=True
+      )
+    ]
+    # Vectors are not worth it; all of these rows divide into bytes.
+    q = [
+      jax.tree.map(
+        lambda d: (
+          rounded(d, settings.bits) if settings.bits < 32 and d.ndim > 1 else d
+        ),
+        one,
+      )
+      for one in delta
+    ]
+    kept = [
+      jax.tree.map(np.subtract, d, r) for d, r in zip(delta, q, strict=True)
+    ]
+    mean = jax.tree.map(lambda *each: sum(each) / len(each), *q)
+    u = jax.tree.map(lambda u, d: mu * u + eta * d, u, mean)
+    theta = jax.tree.map(
+      lambda t, u, d: np.float32(t - mu * u - eta * d), theta, u, mean
+    )
+    workers = [(theta, inner) for _, inner in workers]
+    agreed.append(theta)
+  return losses, agreed
+
+
+def run(config, mesh, steps):
+  losses, agreed = [], []
+  with jax.set_mesh(mesh):
+    state = step.jitted_init(config, mesh)()
+    update = step.jitted(config, mesh)
+    for n in range(steps):
+      tokens = jax.device_put(
+        batch(n, config.data.batch_size), step.batch_sharding(mesh)
+      )
+      state, measured = update(state, tokens, n)
+      losses.append(float(measured['loss']))
+      assert measured['updated']
+      if (n + 1) % config.optimizer.diloco.every == 0:
+        agreed.append(jax.device_get(state.params))
+  return losses, agreed
+
+
+@pytest.mark.parametrize(
+  'settings, mesh',
+  [
+    ({}, MeshConfig(data=4, fsdp=2)),
+    ({'bits': 4, 'workers': 2}, MeshConfig(data=1, fsdp=4, tensor=2)),
+    ({'bits': 2, 'muon': True}, MeshConfig(data=2, fsdp=2, tensor=2)),
+  ],
+)
+def test_it_is_the_algorithm_on_every_mesh(settings, mesh):
+  config = experiment(**settings)
+  losses, agreed = run(config, mesh_lib.make_mesh(mesh), 6)
+  want_losses, want = textbook(config, 6)
+  np.testing.assert_allclose(losses, want_losses, rtol=2e-5)
+  for got, wanted in zip(agreed, want, strict=True):
+    for a, b in zip(jax.tree.leaves(got), jax.tree.leaves(wanted), strict=True):
+      # One value on an edge between two levels may fall to either side.
+      wrong = ~np.isclose(a, b, rtol=1e-4, atol=2e-5)
+      assert wrong.mean() < 2e-3, wrong.sum()
+
+
+def test_workers_that_agree_after_one_step_by_sgd_of_rate_one_are_one():
+  """theta - mean(theta - theta_w) is the mean of theta_w."""
+  config = experiment(every=1, rate=1.0, momentum=0.0, workers=2)
+  params = {'w': jnp.arange(8.0).reshape(2, 4)}
+  apart = jnp.stack([params['w'] + 1, params['w'] - 3])
+  settings = config.optimizer.diloco
+  assert settings is not None
+  state = diloco.DiLoCoState(
+    {'w': apart}, {}, {'w': jnp.zeros((2, 4))}, {'w': None}
+  )
+  theta, state, _ = diloco.step(
+    settings, params, state, jnp.zeros((2, 3), jnp.int32), jnp.bool_(True),
+    lambda p, s, tokens: (p, s, {}),
+  )  # fmt: skip
+  np.testing.assert_allclose(theta['w'], params['w'] - 1)
+  np.testing.assert_allclose(state.workers['w'][0], theta['w'])
+
+
+@pytest.mark.parametrize('bits', [2, 4])
+def test_levels_are_lloyds_and_what_is_left_out_is_known(bits):
+  levels = diloco.normal_levels(2**bits)
+  np.testing.assert_allclose(levels, levels_by_integration(2**bits), atol=2e-3)
+  # Mean squared errors of Max (1960), table I: 4 and 16 levels.
+  x = np.random.default_rng(0).normal(size=(64, 4096)).astype(np.float32)
+  packed = diloco.quantize(jnp.asarray(x), bits)
+  assert packed.codes.nbytes == x.size * bits // 8
+  error = np.mean((np.asarray(diloco.dequantize(packed, bits)) - x) ** 2)
+  assert error == pytest.approx({2: 0.1175, 4: 0.009497}[bits], rel=0.02)
+  np.testing.assert_allclose(
+    diloco.dequantize(packed, bits), rounded(x.astype(np.float64), bits),
+    atol=1e-5,
+  )  # fmt: skip
+
+
+def test_rows_of_zeros_stay_zero():
+  packed = diloco.quantize(jnp.zeros((3, 8)), 2)
+  assert not np.asarray(diloco.dequantize(packed, 2)).any()
+
+
+@pytest.mark.parametrize(
+  'settings, words',
+  [
+    ({'workers': 3}, 'diloco.workers=3 must be a multiple of mesh.data=2'),
+    ({'batch_size': 4}, 'batch_size=4 must be a multiple of .*workers=4'),
+  ],
+)
+def test_workers_that_do_not_fit_are_refused(settings, words):
+  config = experiment(**settings)
+  mesh = mesh_lib.make_mesh(MeshConfig(data=2, fsdp=2, tensor=2))
+  with pytest.raises(ValueError, match=words):
+    step.jitted(config, mesh)
+
+
+def test_the_last_step_must_be_an_agreement():
+  with pytest.raises(ValueError, match='diloco.every=5 must divide run.steps'):
+    experiment(every=5)
+  with pytest.raises(ValueError, match='diloco.momentum=1'):
+    DiLoCoConfig(workers=2, momentum=1.0)
+  assert math.isclose(DiLoCoConfig(workers=2).rate, 0.7)
