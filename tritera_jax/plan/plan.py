@@ -263,11 +263,12 @@ def _step_rows(plan: Plan):
     f'{costs.mfu(experiment, plan.target, seconds):.1%}'
     for seconds in (cost.most, cost.seconds, cost.least)
   )
+  bound = 'memory traffic' if cost.bound == 'reading' else cost.bound
   yield (
     'speed',
     'estimate',
     f'{tokens:,.0f} tokens/s, MFU {mid} ({low} to {high}); largest term: '
-    f'{cost.bound}',
+    f'{bound}',
   )
 
 

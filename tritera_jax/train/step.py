@@ -130,10 +130,14 @@ def check_batch(experiment: Experiment, sizes: Mapping[str, int]):
       f'data.batch_size={rows} must be a multiple of run.accumulation={parts} '
       f'x mesh.data={sizes["data"]} x mesh.fsdp={sizes["fsdp"]}'
     )
-<<<<<<< HEAD
+  if sizes['context'] > 1:
+    _check_context(experiment, sizes)
+  if experiment.optimizer.diloco is not None:
+    _check_workers(experiment, experiment.optimizer.diloco.workers, sizes)
+
+
+def _check_context(experiment: Experiment, sizes: Mapping[str, int]):
   context, model = sizes['context'], experiment.model
-  if context == 1:
-    return
   T = experiment.data.sequence_length
   if T % (2 * context):
     raise ValueError(
@@ -150,22 +154,22 @@ def check_batch(experiment: Experiment, sizes: Mapping[str, int]):
         + ' x '.join(f'mesh.{axis}={sizes[axis]}' for axis in axes)
         + f', with mesh.context={context}'
       )
-=======
-  config = experiment.optimizer.diloco
-  if config is None:
-    return
-  if config.workers % sizes['data']:
+
+
+def _check_workers(
+  experiment: Experiment, workers: int, sizes: Mapping[str, int]
+):
+  rows, parts = experiment.data.batch_size, experiment.run.accumulation
+  if workers % sizes['data']:
     raise ValueError(
-      f'optimizer.diloco.workers={config.workers} must be a multiple of '
-      f'mesh.data={sizes["data"]}, along which they lie'
+      f'optimizer.diloco.workers={workers} must be a multiple of mesh.data='
+      f'{sizes["data"]}, along which they lie'
     )
-  if rows % (parts * config.workers * sizes['fsdp']):
+  if rows % (parts * workers * sizes['fsdp']):
     raise ValueError(
       f'data.batch_size={rows} must be a multiple of run.accumulation={parts} '
-      f'x optimizer.diloco.workers={config.workers} x mesh.fsdp='
-      f'{sizes["fsdp"]}'
+      f'x optimizer.diloco.workers={workers} x mesh.fsdp={sizes["fsdp"]}'
     )
->>>>>>> diloco6
 
 
 def init_state(experiment: Experiment) -> TrainState:
@@ -215,13 +219,6 @@ def train_step(
     & jnp.isfinite(measured['gradient_norm'])
     & (state.step == n)
   )
-<<<<<<< HEAD
-  update = optimizer.make(
-    config, run.steps, decoder.logical_axes(experiment.model)
-  )
-  updates, opt_state = update.update(grads, state.opt_state, state.params)
-=======
->>>>>>> diloco6
   after = TrainState(
     state.step + 1,
     _digest(state.tokens_digest, tokens_BT1),
@@ -243,7 +240,11 @@ def _update(experiment: Experiment, params: PyTree, opt_state, tokens_BT1):
   """Parameters and optimizer state after a batch, and what was measured."""
   (_, measured), grads = _accumulated(experiment, params, tokens_BT1)
   measured['gradient_norm'] = optax.tree.norm(grads)
-  rule = optimizer.make(experiment.optimizer, experiment.run.steps)
+  rule = optimizer.make(
+    experiment.optimizer,
+    experiment.run.steps,
+    decoder.logical_axes(experiment.model),
+  )
   updates, opt_state = rule.update(grads, opt_state, params)
   return optax.apply_updates(params, updates), opt_state, measured
 
