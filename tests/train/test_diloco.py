@@ -10,6 +10,7 @@ import pytest
 
 from tests.train.test_step import EXPERIMENT, batch
 from tritera_jax.experiment import DiLoCoConfig, MuonConfig
+from tritera_jax.parallel import collectives
 from tritera_jax.parallel import mesh as mesh_lib
 from tritera_jax.parallel.mesh import MeshConfig
 from tritera_jax.train import diloco, optimizer, step
@@ -200,3 +201,30 @@ def test_the_last_step_must_be_an_agreement():
   with pytest.raises(ValueError, match='diloco.momentum=1'):
     DiLoCoConfig(workers=2, momentum=1.0)
   assert math.isclose(DiLoCoConfig(workers=2).rate, 0.7)
+
+
+def test_between_agreements_only_metrics_cross_workers():
+  """And in one, bytes of codes: those of the other workers, once."""
+  config = experiment(bits=2)
+  mesh = mesh_lib.make_mesh(MeshConfig(data=4, fsdp=2))
+  tokens = jax.ShapeDtypeStruct((8, 17), jnp.int32)
+  with jax.set_mesh(mesh):
+    state = step.abstract_state(config, mesh)
+    compiled = step.jitted(config, mesh).lower(state, tokens, 0).compile()
+  # Devices 0 and 1 are worker 0's, 2 and 3 worker 1's.
+  crossing = [
+    one
+    for one in collectives.of(compiled)
+    if any(len({device // 2 for device in group}) > 1 for group in one.groups)
+  ]
+  agreeing = [one for one in crossing if '/cond/' in one.source]
+  apart = [one for one in crossing if '/cond/' not in one.source]
+  assert sum(one.bytes * one.times for one in apart) < 200
+  matrices = [
+    leaf.size
+    for path, leaf in jax.tree_util.tree_leaves_with_path(state.params)
+    if path[-1].key != 'scale'
+  ]
+  codes = [one for one in agreeing if one.results[0].dtype == 'u8']
+  received = 3 * sum(matrices) // 4 // 2  # four codes a byte, two devices
+  assert sum(one.bytes * one.times for one in codes) == received

@@ -27,13 +27,14 @@ from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
-from jax.sharding import Mesh, NamedSharding, PartitionSpec
+from jax.sharding import AbstractMesh, Mesh, NamedSharding, PartitionSpec
 from jaxtyping import Array, Float, PyTree, UInt8
 import numpy as np
 import optax
 
 from tritera_jax.experiment import DiLoCoConfig
 from tritera_jax.parallel import rules
+from tritera_jax.train import optimizer
 
 _AXIS = 'data'
 
@@ -66,24 +67,32 @@ def init(
     jax.tree.map(repeat, update.init(params)),
     jax.tree.map(jnp.zeros_like, params),
     jax.tree.map(
-      lambda leaf, all: jnp.zeros_like(all) if rounds(config, leaf) else None,
-      params,
+      lambda rounds, leaf_W: jnp.zeros_like(leaf_W) if rounds else None,
+      rounded(config, params),
       workers,
     ),
   )
 
 
-def rounds(config: DiLoCoConfig, leaf) -> bool:
-  """Whether a parameter's differences are rounded: matrices, if any."""
-  return (
-    config.bits < 32
-    and len(leaf.shape) >= 2
-    and leaf.shape[-1] % (8 // config.bits) == 0
+def rounded(config: DiLoCoConfig, params: PyTree) -> PyTree[bool]:
+  """Whose differences are rounded: matrices of rows of whole bytes, if any."""
+  return jax.tree.map(
+    lambda leaf, is_matrix: (
+      is_matrix
+      and config.bits < 32
+      and leaf.shape[-1] % (8 // config.bits) == 0
+    ),
+    params,
+    optimizer.decayed(params),
   )
 
 
 def shardings(
-  mesh: Mesh, config: DiLoCoConfig, params: PyTree, inner: PyTree, shapes
+  mesh: Mesh | AbstractMesh,
+  config: DiLoCoConfig,
+  params: PyTree,
+  inner: PyTree,
+  shapes: PyTree,
 ) -> DiLoCoState:
   """A sharding for each leaf of the state.
 
@@ -103,8 +112,8 @@ def shardings(
     jax.tree.map(by_worker, inner),
     params,
     jax.tree.map(
-      lambda leaf, sharding: sharding if rounds(config, leaf) else None,
-      shapes,
+      lambda rounds, sharding: sharding if rounds else None,
+      rounded(config, shapes),
       workers,
     ),
   )
@@ -157,13 +166,13 @@ def _agreed(config: DiLoCoConfig, params: PyTree, state: DiLoCoState):
       mean = delta_W.mean(axis=0)
     else:
       delta_W = delta_W + kept_W
-      packed_W = quantize(delta_W, config.bits)
+      packed_W = _laid(quantize(delta_W, config.bits), _AXIS)
       kept_W = delta_W - dequantize(packed_W, config.bits)
       # One after another: W matrices of floats would not fit.
       total, _ = jax.lax.scan(
         lambda total, packed: (total + dequantize(packed, config.bits), None),
         jnp.zeros_like(theta),
-        jax.tree.map(_sent, packed_W),
+        _laid(packed_W, None),  # this is what crosses the axis
       )
       mean = total / config.workers
     momentum = config.momentum * momentum + config.rate * mean
@@ -183,12 +192,16 @@ def _agreed(config: DiLoCoConfig, params: PyTree, state: DiLoCoState):
   return theta, DiLoCoState(workers, state.inner, momentum, kept)
 
 
-def _sent(x_W: Array) -> Array:
-  """Every worker's, on every place of the axis: this is what crosses it."""
+def _laid(tree_W: PyTree[Array], axis: str | None) -> PyTree[Array]:
+  """Workers' arrays, split over a mesh axis, or whole on each of its places."""
   if jax.sharding.get_abstract_mesh().empty:
-    return x_W
-  rest = [PartitionSpec.UNCONSTRAINED] * (x_W.ndim - 1)
-  return jax.lax.with_sharding_constraint(x_W, PartitionSpec(None, *rest))
+    return tree_W
+
+  def laid(x_W):
+    rest = [PartitionSpec.UNCONSTRAINED] * (x_W.ndim - 1)
+    return jax.lax.with_sharding_constraint(x_W, PartitionSpec(axis, *rest))
+
+  return jax.tree.map(laid, tree_W)
 
 
 class Packed(NamedTuple):
