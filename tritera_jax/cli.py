@@ -118,6 +118,8 @@ def _train(args: list[str]):
       dry_run: say what this process would be and check what can be checked
         without the others and their devices; train nothing.
     """
+    import jax
+
     from tritera_jax.train import exits, loop, metrics, step
 
     if dry_run:
@@ -132,6 +134,10 @@ def _train(args: list[str]):
       text = processes.device_map(experiment.mesh)
       if place.process == 0:
         print(text, file=sys.stderr)
+    if jax.config.jax_compilation_cache_dir is None:
+      # So that a run that goes on does not compile again.
+      folder = Path(experiment.run.folder).absolute() / 'compiled'
+      jax.config.update('jax_compilation_cache_dir', str(folder))
     with exits.told(place.processes):
       loop.train(experiment)
     if place.process == 0:

@@ -7,6 +7,7 @@ import signal
 import sys
 
 import jax
+import numpy as np
 import tqdm
 
 from tritera_jax.checkpoint import restore, save
@@ -86,7 +87,10 @@ class _Attempt:
     self.signals, self.quiet = signals, quiet
     data, run = experiment.data, experiment.run
     self.folder = Path(run.folder)
-    self.placed = step.batch_sharding(mesh)
+    self.placed, self.whole = (
+      step.batch_sharding(mesh),
+      rules.shardings(mesh, ()),
+    )
     self.rows = rules.rows_here(
       self.placed, (data.batch_size, data.sequence_length + 1)
     )
@@ -132,7 +136,9 @@ class _Attempt:
         observer.before_update(n + 1, state, self.signals)
         writing = self.checkpoints.is_saving_in_progress()
         votes = agreement.votes(self.pace.busy(writing=writing))
-        state, measured = update(state, tokens_BT1, n, *votes)
+        number = jax.device_put(np.int32(n), self.whole)
+        with jax.transfer_guard('disallow'):
+          state, measured = update(state, tokens_BT1, number, *votes)
         before, now = now, (measured, n + 1, batch)
         # One step behind, so that the devices have work while we look.
         self._judge(judge, before, state)
