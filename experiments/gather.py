@@ -52,7 +52,7 @@ import numpy as np
 
 from tritera_jax import experiment as experiment_lib
 from tritera_jax.experiment import Experiment
-from tritera_jax.parallel import collectives
+from tritera_jax.parallel import collectives, gather, rules
 from tritera_jax.parallel import mesh as mesh_lib
 from tritera_jax.parallel.gather import Gather
 from tritera_jax.parallel.mesh import MeshConfig
@@ -163,8 +163,25 @@ def small(rows: int, kind: Gather) -> Experiment:
   return dataclasses.replace(base, model=model, data=data)
 
 
+def one_matrix(kind: Gather, mesh) -> jax.stages.Compiled:
+  """Codes of the model's widest matrix, as they lie, to what is multiplied."""
+  spec = sweep()[kind].model.linears['mlp.up']
+  shape = (spec.in_features, spec.out_features)
+
+  def arrive(codes_KN):
+    way = gather.exchange(kind, spec.axes)
+    if way is not None:
+      codes_KN = way.gather(way.pack(codes_KN), shape)
+    whole_KN = rules.constrain(codes_KN, (None, spec.axes[1]))
+    return whole_KN.astype(jnp.bfloat16)
+
+  lies = rules.shardings(mesh, spec.axes)
+  codes = jax.ShapeDtypeStruct(shape, jnp.int8, sharding=lies)
+  return jax.jit(arrive).lower(codes).compile()
+
+
 def times_of(kinds: list[Gather], rounds: int, steps: int) -> Iterator[dict]:
-  """Of each kind, turn by turn: the update, and its forward pass alone."""
+  """Of each kind, turn by turn: an update, its forward pass, one matrix."""
   mesh = mesh_lib.make_mesh(MeshConfig(fsdp=-1))
   rows = mesh.devices.size
   with jax.set_mesh(mesh):
@@ -174,47 +191,48 @@ def times_of(kinds: list[Gather], rounds: int, steps: int) -> Iterator[dict]:
       lambda index: np.zeros((rows, 17), np.int32)[index],
     )
     state = step.jitted_init(small(rows, kinds[0]), mesh)()
-    experiments = {kind: small(rows, kind) for kind in kinds}
-    updates = {kind: program(e, mesh) for kind, e in experiments.items()}
-    forwards = {
-      kind: jax.jit(
-        lambda params, tokens, e=e: step._mean_loss(e, params, tokens)[0]
+    programs = {}
+    for kind in kinds:
+      experiment = small(rows, kind)
+      programs[kind, 'update'] = program(experiment, mesh)
+      programs[kind, 'forward'] = (
+        jax.jit(
+          lambda params, tokens, e=experiment: step._mean_loss(
+            e, params, tokens
+          )[0]
+        )
+        .lower(state.params, tokens)
+        .compile()
       )
-      .lower(state.params, tokens)
-      .compile()
-      for kind, e in experiments.items()
-    }
-    seconds = {
-      (kind, what): [] for kind in kinds for what in ('update', 'forward')
-    }
+      programs[kind, 'matrix'] = one_matrix(kind, mesh)
+    matrix = programs[kinds[0], 'matrix'].input_shardings[0][0]
+    codes = jax.jit(
+      lambda: jnp.ones((3072, 9216), jnp.int8), out_shardings=matrix
+    )()
+    seconds = {key: [] for key in programs}
     n = 0
     for round in range(rounds + 1):
-      for kind in kinds:
+      for (kind, what), run in programs.items():
         started = time.perf_counter()
         for _ in range(steps):
-          loss = forwards[kind](state.params, tokens)
-        jax.block_until_ready(loss)
-        between = time.perf_counter()
-        for _ in range(steps):
-          state, measured = updates[kind](state, tokens, jnp.int32(n))
-          n += 1
-        jax.block_until_ready(measured)
+          if what == 'update':
+            state, done = run(state, tokens, jnp.int32(n))
+            n += 1
+          else:
+            done = run(codes) if what == 'matrix' else run(state.params, tokens)
+        jax.block_until_ready(done)
         if round:  # the first one warms up
-          seconds[kind, 'forward'].append((between - started) / steps)
-          seconds[kind, 'update'].append(
-            (time.perf_counter() - between) / steps
-          )
+          seconds[kind, what].append((time.perf_counter() - started) / steps)
   for (kind, what), values in seconds.items():
     peer = seconds['bfloat16', what]
     ratios = [a / b for a, b in zip(peer, values, strict=True)]
-    sends = updates if what == 'update' else forwards
     yield {
       'gather': kind,
       'of': what,
       'devices': rows,
       'processes': jax.process_count(),
       'rounds': rounds,
-      **sent(experiments[kind], sends[kind]),
+      **sent(small(rows, kind), programs[kind, what]),
       'milliseconds': spread(values, 1e3),
       'bfloat16_over_it': spread(ratios, 1),
     }
