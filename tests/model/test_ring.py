@@ -93,7 +93,10 @@ def arranged(arrays):
 
 @functools.cache
 def program(in_documents: bool):
-  @jax.jit
+  # Compiles in half the time.
+  @functools.partial(
+    jax.jit, compiler_options={'xla_backend_optimization_level': 0}
+  )
   def run(q, k, v, g, documents):
     *arrays, g, documents = arranged((q, k, v, g, documents))
     attend = lambda q, k, v: ring.attention(

@@ -26,9 +26,10 @@ bytes are the same, but they are there all at once (TriLM 3.9B, 32k tokens,
 bfloat16: 403 MB a layer and row; 100 MB with Spectra-1.1's 6 kv heads), before
 any work that could hide them, and queries and keys of two lengths want a mask
 where a fused kernel has two cases. (Compiled for a TPU v5e, every hop starts
-before a block's work and ends after it.) What is stored for the backward pass
-is q, k, v, o and L of this device's tokens; what is computed at once, the
-scores of one block.
+before a block's work and ends after it.)
+
+What is stored for the backward pass is q, k, v, o and L of this device's
+tokens; what is computed at once, the scores of one block.
 
 Shapes: B rows, T tokens of this device, two chunks of C; H query heads, G key
 and value heads, R = H / G, h head width; S = C keys of a block; n devices.
