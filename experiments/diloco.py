@@ -17,6 +17,7 @@ It differs from quickstart.py in steps, optimizer and mesh.
 
 import dataclasses
 from pathlib import Path
+from typing import Literal
 
 import jax
 
@@ -43,7 +44,7 @@ def sweep() -> dict[str, Experiment]:
 
 
 def experiment(
-  name: str, muon: MuonConfig | None, bits: int | None
+  name: str, muon: MuonConfig | None, bits: Literal[2, 4, 32] | None
 ) -> Experiment:
   base = experiment_lib.load(str(Path(__file__).with_name('quickstart.py')))
   diloco = bits and DiLoCoConfig(WORKERS, every=30, bits=bits)
@@ -75,9 +76,10 @@ def sent(experiment: Experiment) -> tuple[int, int]:
   found = collectives.of(compiled)
   inside = [one for one in found if '/cond/' in one.source]
   rest = [one for one in found if '/cond/' not in one.source]
-  return tuple(
+  every, agreeing = (
     sum(one.bytes * one.times for one in each) for each in (rest, inside)
   )
+  return every, agreeing
 
 
 if __name__ == '__main__':

@@ -222,7 +222,9 @@ def quantize(x: Float[Array, '*rows N'], bits: int) -> Packed:
   levels = normal_levels(2**bits)
   edges = (levels[1:] + levels[:-1]) / 2
   relative = x / jnp.where(scale > 0, scale, 1)
-  codes = sum((relative > edge).astype(jnp.uint8) for edge in edges)
+  codes = jnp.zeros(x.shape, jnp.uint8)
+  for edge in edges:
+    codes += (relative > edge).astype(jnp.uint8)
   each = 8 // bits
   codes = codes.reshape(*x.shape[:-1], -1, each)
   shifts = bits * jnp.arange(each, dtype=jnp.uint8)
