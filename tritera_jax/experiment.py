@@ -18,6 +18,7 @@ from typing import Literal
 
 import pydantic
 
+from tritera_jax.model.attention import Kernel
 from tritera_jax.model.config import ModelConfig
 from tritera_jax.model.decoder import Remat
 from tritera_jax.parallel.gather import Gather
@@ -280,6 +281,8 @@ class RunConfig:
     gather: how devices that share matrices (mesh.fsdp) make them whole: 'auto'
       as XLA decides, 'bfloat16', or 'two_bit': an eighth of its traffic, for
       packing and unpacking the codes in each pass. Results are the same.
+    attention: 'xla', or 'cudnn' on NVIDIA GPUs in bfloat16, which never keeps
+      T x T scores.
     loss_chunk: most tokens of a device whose logits exist at once in training;
       0: all of them, and XLA's own derivative.
     tensorboard: also write metrics for TensorBoard to FOLDER/tensorboard.
@@ -309,6 +312,7 @@ class RunConfig:
   accumulation: int = 1
   remat: Remat = 'none'
   gather: Gather = 'auto'
+  attention: Kernel = 'xla'
   loss_chunk: int = 1024
   tensorboard: bool = True
   wandb: str = ''
@@ -365,6 +369,12 @@ class Experiment:
       raise ValueError(
         f'run.accumulation={self.run.accumulation} must divide '
         f'data.batch_size={self.data.batch_size}'
+      )
+    if self.run.attention == 'cudnn' and self.model.dtype != 'bfloat16':
+      raise ValueError(
+        f"run.attention='cudnn' takes bfloat16, and model.dtype="
+        f"{self.model.dtype!r}; set model.dtype to 'bfloat16', or "
+        "run.attention to 'xla'"
       )
     if self.model.family == 'float':
       if self.run.gather == 'two_bit':

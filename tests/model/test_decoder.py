@@ -154,3 +154,18 @@ def test_what_is_computed_again_changes_no_gradient(remat):
     gradient(remat),
     gradient('none'),
   )
+
+
+def test_the_attention_that_is_asked_for_is_called(monkeypatch):
+  called, attend = [], jax.nn.dot_product_attention
+
+  def recording(*args, implementation=None, **kwargs):
+    called.append(implementation)
+    return attend(*args, **kwargs)
+
+  monkeypatch.setattr(jax.nn, 'dot_product_attention', recording)
+  model = decoder.bind(TINY, parameters(TINY))
+  tokens = jnp.zeros((1, 4), jnp.int32)
+  for attention in ('xla', 'cudnn'):
+    model.hidden(tokens, attention=attention)
+  assert called == ['xla', 'cudnn']

@@ -141,3 +141,15 @@ def test_what_a_mesh_cannot_divide_is_refused(sizes, fields, words):
   sizes = dict.fromkeys(mesh_lib.AXES, 1) | sizes
   with pytest.raises(ValueError, match=words):
     step.check_batch(config, sizes)
+
+
+def test_cudnns_attention_takes_whole_sequences_in_bfloat16():
+  config = experiment()
+  run = dataclasses.replace(config.run, attention='cudnn')
+  with pytest.raises(ValueError, match="'cudnn' takes bfloat16, and model.dty"):
+    dataclasses.replace(config, run=run)
+  model = dataclasses.replace(config.model, dtype='bfloat16')
+  config = dataclasses.replace(config, run=run, model=model)
+  step.check_batch(config, dict.fromkeys(mesh_lib.AXES, 1))
+  with pytest.raises(ValueError, match=r'whole sequences, and mesh\.context=2'):
+    step.check_batch(config, dict.fromkeys(mesh_lib.AXES, 1) | {'context': 2})

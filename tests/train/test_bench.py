@@ -90,6 +90,18 @@ def test_a_layout_without_room_is_left_out_and_the_fastest_is_taken(
     list(bench.rows('tiny', experiment, Options(remats=('none', 'none'))))
 
 
+def test_an_attention_that_is_not_here_is_a_row(experiment):
+  """cuDNN's, on a CPU."""
+  model = dataclasses.replace(experiment.model, dtype='bfloat16')
+  experiment = dataclasses.replace(experiment, model=model)
+  options = Options(
+    rounds=1, steps=1, attentions=('cudnn', 'xla'), families=()
+  )  # fmt: skip
+  first, second, best = bench.rows('tiny', experiment, options)
+  assert first['attention'] == 'cudnn' and 'cuDNN' in first['skipped']
+  assert 'skipped' not in second and best['attention'] == 'xla'
+
+
 def test_nothing_comes_from_the_host_while_the_clock_runs(experiment):
   stepper = timing.Stepper(experiment, mesh_lib.make_mesh(experiment.mesh))
   assert stepper.seconds(1) > 0 and stepper.optimizer_seconds() > 0

@@ -5,7 +5,7 @@ Shapes: B batch, T tokens, S cache slots, D width, H query heads, G key/value
 heads, h head width.
 """
 
-from typing import NamedTuple
+from typing import Literal, NamedTuple
 
 from flax import nnx
 import jax
@@ -15,6 +15,9 @@ from jaxtyping import Array, Float, Int32
 from tritera_jax.model import layers, ring
 from tritera_jax.model.config import ModelConfig
 from tritera_jax.parallel import zigzag
+
+# Of whole sequences: XLA's keeps T x T scores, cuDNN's, for GPUs, none.
+Kernel = Literal['xla', 'cudnn']
 
 
 class KVCache(NamedTuple):
@@ -47,6 +50,7 @@ class Attention(nnx.Module):
 
   def __init__(self, config: ModelConfig, *, rngs: nnx.Rngs):
     self.config = config
+    self.implementation: Kernel = 'xla'
     self.q = layers.linear(config, 'attention.q', rngs=rngs)
     self.k = layers.linear(config, 'attention.k', rngs=rngs)
     self.v = layers.linear(config, 'attention.v', rngs=rngs)
@@ -87,7 +91,12 @@ class Attention(nnx.Module):
       if documents_BT is not None:
         same_B1TT = (documents_BT[:, :, None] == documents_BT[:, None])[:, None]
       y_BTHh = jax.nn.dot_product_attention(
-        q_BTHh, k_BTGh, v_BTGh, mask=same_B1TT, is_causal=True
+        q_BTHh,
+        k_BTGh,
+        v_BTGh,
+        mask=same_B1TT,
+        is_causal=True,
+        implementation=self.implementation,
       )
     else:
       write = jax.vmap(

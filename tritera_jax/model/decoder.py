@@ -19,7 +19,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Float32, Int32, PRNGKeyArray, PyTree
 
 from tritera_jax.model import layers, ring
-from tritera_jax.model.attention import Attention, KVCache
+from tritera_jax.model.attention import Attention, Kernel, KVCache
 from tritera_jax.model.config import ModelConfig
 from tritera_jax.model.mlp import MLP
 from tritera_jax.parallel import gather as gather_lib
@@ -66,8 +66,9 @@ class Block(nnx.Module):
     x_BTD = x_BTD + y_BTD
     return x_BTD + self.mlp(self.mlp_norm(x_BTD)), cache
 
-  def exchange(self, gather: Gather):
-    """Says how devices make the block's matrices whole."""
+  def prepare(self, gather: Gather, kernel: Kernel):
+    """Says how devices make the block's matrices whole, and what attends."""
+    self.attention.implementation = kernel
     for _, module in nnx.iter_modules(self):
       if isinstance(module, FloatLinear):
         module.exchange = gather_lib.exchange(gather, module.axes)
@@ -129,11 +130,13 @@ class Decoder(nnx.Module):
     *,
     remat: Remat = 'none',
     gather: Gather = 'auto',
+    attention: Kernel = 'xla',
   ) -> tuple[Float[Array, 'B T D'], KVCache | None]:
     """The residual stream past the last block; arguments as of a call.
 
     Without a cache, sequences are split over a mesh's `context` axis. `gather`:
-    how devices that share the blocks' matrices make them whole.
+    how devices that share the blocks' matrices make them whole. `attention`:
+    what computes it without a cache, where no devices share a sequence.
     """
     documents_BT = None
     if cache is None:
@@ -149,7 +152,7 @@ class Decoder(nnx.Module):
     def body(x_BTD, layer):
       params, cache = layer
       block = nnx.merge(graphdef, params)
-      block.exchange(gather)
+      block.prepare(gather, attention)
       return block(x_BTD, places_BT, cache, documents_BT)
 
     if remat != 'none':

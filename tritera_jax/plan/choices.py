@@ -35,11 +35,11 @@ class Choice:
     """As a command line says it."""
     mesh, run = self.experiment.mesh, self.experiment.run
     said = {f'mesh.{axis}': getattr(mesh, axis) for axis in mesh_lib.AXES}
-    if said.get('mesh.context') == 1:
+    if said['mesh.context'] == 1:
       del said['mesh.context']
     said |= {'run.remat': run.remat, 'run.accumulation': run.accumulation}
-    if _gather(self.experiment) != 'auto':
-      said['run.gather'] = _gather(self.experiment)
+    if run.gather != 'auto':
+      said['run.gather'] = run.gather
     return ' '.join(f'--{name} {value}' for name, value in said.items())
 
 
@@ -90,27 +90,30 @@ def meshes(devices: int, rows: int) -> Iterator[dict[str, int]]:
   Sequences are split only where there are not enough of them.
   """
   contexts = [1]
-  if 'context' in mesh_lib.AXES and rows < devices:
+  if rows < devices:
     contexts = [c for c in _divisors(devices) if c <= _MOST_CONTEXT]
   for tensor, context in itertools.product(_divisors(devices), contexts):
     left, odd = divmod(devices, tensor * context)
     if tensor > _MOST_TENSOR or odd:
       continue
     for fsdp in _divisors(left):
-      sizes = {'data': left // fsdp, 'fsdp': fsdp, 'tensor': tensor}
-      yield sizes | ({'context': context} if context > 1 else {})
+      yield {
+        'data': left // fsdp,
+        'fsdp': fsdp,
+        'context': context,
+        'tensor': tensor,
+      }
 
 
 def _settings(
   experiment: Experiment, sizes: dict[str, int]
 ) -> Iterator[dict[str, Any]]:
   """Of run, what can be chosen for a mesh."""
-  gathers = [{}]
-  if hasattr(experiment.run, 'gather') and sizes['fsdp'] > 1:
-    ternary = experiment.model.family == 'ternary'
-    gathers = [{'gather': g} for g in ('auto', *(['two_bit'] * ternary))]
+  gathers = ['auto']
+  if experiment.model.family == 'ternary' and sizes['fsdp'] > 1:
+    gathers.append('two_bit')
   for remat, gather in itertools.product(REMATS, gathers):
-    yield {'remat': remat, **gather}
+    yield {'remat': remat, 'gather': gather}
 
 
 def why_not(choice: Choice, best: Choice) -> str:
@@ -136,16 +139,12 @@ def why_not(choice: Choice, best: Choice) -> str:
 def _best(of_mesh: list[Choice]) -> Choice:
   """The fastest that fits; XLA's own gather unless another is worth it."""
   best = min(of_mesh, key=_order)
-  plain = [c for c in of_mesh if _gather(c.experiment) == 'auto']
+  plain = [c for c in of_mesh if c.experiment.run.gather == 'auto']
   if plain:
     own = min(plain, key=_order)
     if own.costs.fits and own.costs.seconds <= _WORTH * best.costs.seconds:
       return own
   return best
-
-
-def _gather(experiment: Experiment) -> str:
-  return getattr(experiment.run, 'gather', 'auto')
 
 
 def _order(choice: Choice) -> tuple[bool, float, float]:

@@ -127,7 +127,7 @@ def check_mesh(experiment: Experiment, devices: int) -> dict[str, int]:
           f'{said} does not divide model.{field}={getattr(model, field)}; '
           'choose a divisor'
         )
-  if experiment.data.sequence_length % sizes.get('context', 1):
+  if experiment.data.sequence_length % sizes['context']:
     raise ValueError(
       f'mesh.context={sizes["context"]} does not divide '
       f'data.sequence_length={experiment.data.sequence_length}; choose a '

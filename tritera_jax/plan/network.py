@@ -34,8 +34,8 @@ class Collective(NamedTuple):
 
 
 def size(sizes: dict[str, int], axes: tuple[str, ...]) -> int:
-  """Devices along these axes; one that a mesh does not have is 1."""
-  return math.prod(sizes.get(axis, 1) for axis in axes)
+  """Devices along these axes."""
+  return math.prod(sizes[axis] for axis in axes)
 
 
 def gathered_width(experiment: Experiment, target: Target) -> float:
@@ -44,7 +44,7 @@ def gathered_width(experiment: Experiment, target: Target) -> float:
   Of quantised layers XLA was seen to gather int8 codes for TPUs, and codes in
   the compute dtype for CPUs; of GPUs it is taken to do as for TPUs.
   """
-  gather = getattr(experiment.run, 'gather', 'auto')
+  gather = experiment.run.gather
   if gather == 'two_bit':
     return 0.25
   if gather == 'bfloat16':
@@ -79,7 +79,7 @@ def collectives(
       nbytes * (n - 1) / n / target.chip.fast,
       nbytes * (n - m) / n / (m * target.chip.slow),
     )
-    across = ' x '.join(axis for axis in axes if sizes.get(axis, 1) > 1)
+    across = ' x '.join(axis for axis in axes if sizes[axis] > 1)
     return Collective(name, across, nbytes * (n - 1) / n, seconds)
 
   if size(sizes, WEIGHTS) > 1:
@@ -93,14 +93,14 @@ def collectives(
   if sizes['data'] > 1:
     local = both / size(sizes, WEIGHTS)
     yield moved('gradients', ('data',), parts * local * _FLOAT, ways=2)
-  tokens = rows * experiment.data.sequence_length / sizes.get('context', 1)
+  tokens = rows * experiment.data.sequence_length / sizes['context']
   again = {'none': 0, 'dots': 0, 'block': 1}[run.remat]
   if sizes['tensor'] > 1:
     sums = model.layers * (4 + again) * width
     ends_sums = width + _FLOAT  # the embedding's rows; the loss's gradient
     nbytes = parts * tokens * model.d_model * (sums + ends_sums)
     yield moved('activations', ('tensor',), nbytes, ways=2)
-  if sizes.get('context', 1) > 1:
+  if sizes['context'] > 1:
     # Keys and values go round the ring, and back with their gradients.
     kv = 2 * model.kv_heads * model.head_dim / sizes['tensor']
     turns = (1 + (run.remat != 'none') + 1) * width + _FLOAT

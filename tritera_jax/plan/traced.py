@@ -40,11 +40,10 @@ def share(experiment: Experiment, sizes: dict[str, int]) -> Experiment:
     data=dataclasses.replace(
       experiment.data,
       batch_size=1,
-      sequence_length=experiment.data.sequence_length
-      // sizes.get('context', 1),
+      sequence_length=experiment.data.sequence_length // sizes['context'],
     ),
     # The optimizer has no matmuls but Muon's, which the mesh divides.
-    optimizer=dataclasses.replace(experiment.optimizer, muon=None),
+    optimizer=dataclasses.replace(experiment.optimizer, muon=None, diloco=None),
     run=alone(run),
     mesh=MeshConfig(),
   )
@@ -52,8 +51,7 @@ def share(experiment: Experiment, sizes: dict[str, int]) -> Experiment:
 
 def alone(run: RunConfig) -> RunConfig:
   """Of one device, whose matrices are whole: nothing is gathered."""
-  gather = {'gather': 'auto'} if hasattr(run, 'gather') else {}
-  return dataclasses.replace(run, accumulation=1, **gather)
+  return dataclasses.replace(run, accumulation=1, gather='auto')
 
 
 def varied(share: Experiment, rows: int = 1, remat=None, layers=None):
@@ -159,7 +157,7 @@ def ring_flops(share: Experiment, sizes: dict[str, int]) -> float:
   The share attends within its own T / c tokens. A ring does half of its
   T / c x T, the causal one, in whole blocks.
   """
-  c = sizes.get('context', 1)
+  c = sizes['context']
   model, T = share.model, share.data.sequence_length
   others = max(0.0, (c / 2 - 1) * T * T)
   products = 2 * model.heads * model.head_dim * others

@@ -24,6 +24,7 @@ import jax
 
 from tritera_jax import experiment as experiment_lib
 from tritera_jax.experiment import Experiment
+from tritera_jax.model.attention import Kernel
 from tritera_jax.model.decoder import Remat
 from tritera_jax.parallel import mesh as mesh_lib
 from tritera_jax.ternary.quantize import Family
@@ -37,6 +38,7 @@ NAMES: dict[Family, str] = {
 _SPECTRA = ('99m', '390m', '1.1b')
 _SPECTRA_ROWS = (8, 32)
 _SPECTRA_REMATS: tuple[Remat, ...] = ('dots', 'block')
+_SPECTRA_ATTENTIONS: tuple[Kernel, ...] = ('cudnn', 'xla')
 
 
 @dataclasses.dataclass(frozen=True)
@@ -49,6 +51,7 @@ class Options:
     families: beside the experiment's own.
     rows: batches to try, in sequences; empty: data.batch_size.
     remats: policies to try; empty: run.remat.
+    attentions: to try; empty: run.attention.
     seconds: after which no further layout is tried, of each experiment.
   """
 
@@ -57,6 +60,7 @@ class Options:
   families: tuple[Family, ...] = ('float', 'binary')
   rows: tuple[int, ...] = ()
   remats: tuple[Remat, ...] = ()
+  attentions: tuple[Kernel, ...] = ()
   seconds: float = 300.0
 
   def __post_init__(self):
@@ -77,6 +81,7 @@ def spectra(options: Options) -> tuple[Options, dict[str, Experiment]]:
     options,
     rows=options.rows or _SPECTRA_ROWS,
     remats=options.remats or _SPECTRA_REMATS,
+    attentions=options.attentions or _SPECTRA_ATTENTIONS,
   )
   names = [f'experiments/spectra.py:trilm_{size}' for size in _SPECTRA]
   return options, {name: experiment_lib.load(name) for name in names}
@@ -127,10 +132,13 @@ def rows(name: str, experiment: Experiment, options: Options) -> Iterator[dict]:
       stepper = _stepper(laid_out)
       stepper.seconds(1)
       seconds = stepper.seconds(options.steps)
-    except jax.errors.JaxRuntimeError as error:
-      if 'RESOURCE_EXHAUSTED' not in str(error):
+    except (RuntimeError, ValueError, NotImplementedError) as error:
+      full = 'RESOURCE_EXHAUSTED' in str(error)
+      if not full and laid_out.run.attention == 'xla':
         raise
-      yield _layout(name, laid_out) | {'skipped': 'no room on the device'}
+      # cuDNN says what it cannot do when it is called.
+      words = 'no room on the device' if full else str(error).split('\n')[0]
+      yield _layout(name, laid_out) | {'skipped': words}
       continue
     row = _layout(name, laid_out) | _speed(laid_out, seconds)
     yield row | stepper.memory() | {'compile_seconds': stepper.compile_seconds}
@@ -146,14 +154,15 @@ def rows(name: str, experiment: Experiment, options: Options) -> Iterator[dict]:
 
 
 def _layouts(experiment: Experiment, options: Options) -> Iterator[Experiment]:
-  for count, remat in itertools.product(
+  for count, remat, attention in itertools.product(
     options.rows or (experiment.data.batch_size,),
     options.remats or (experiment.run.remat,),
+    options.attentions or (experiment.run.attention,),
   ):
     yield dataclasses.replace(
       experiment,
       data=dataclasses.replace(experiment.data, batch_size=count),
-      run=dataclasses.replace(experiment.run, remat=remat),
+      run=dataclasses.replace(experiment.run, remat=remat, attention=attention),
     )
 
 
@@ -165,6 +174,7 @@ def _layout(name: str, experiment: Experiment) -> dict:
     'batch': experiment.data.batch_size,
     'accumulation': run.accumulation,
     'remat': run.remat,
+    'attention': run.attention,
   }
 
 
@@ -263,8 +273,8 @@ def markdown(head: dict[str, str], found: list[dict]) -> str:
     'overhead = time of the row marked own / this row - 1; median, and least '
     'to most of the rounds.',
     '',
-    '| experiment | family | batch | remat | s/step | tokens/s | MFU | '
-    'own over this | optimizer, s | state + temporaries |',
+    '| experiment | family | batch | remat, attention | s/step | tokens/s | '
+    'MFU | own over this | optimizer, s | state + temporaries |',
     '|---|---|---|---|---|---|---|---|---|---|',
   ]
   for row in compared:
@@ -275,7 +285,7 @@ def markdown(head: dict[str, str], found: list[dict]) -> str:
       NAMES[row['family']],
       f'{row["batch"]}' + (f' in {row["accumulation"]}'
                            if row['accumulation'] > 1 else ''),
-      row['remat'],
+      f'{row["remat"]}, {row["attention"]}',
       f'{spread["median"]:.4g} ({spread["min"]:.4g} to {spread["max"]:.4g})',
       f'{row["tokens_per_second"]:,.0f}',
       f'{row["mfu"]:.1%}' if 'mfu' in row else '-',
@@ -288,7 +298,7 @@ def markdown(head: dict[str, str], found: list[dict]) -> str:
   if tried:
     lines += [
       '', 'Layouts tried, with the own family, once:', '',
-      '| experiment | batch | remat | s/step | tokens/s | MFU |',
+      '| experiment | batch | remat, attention | s/step | tokens/s | MFU |',
       '|---|---|---|---|---|---|',
     ]  # fmt: skip
   for row in tried:
@@ -301,7 +311,8 @@ def markdown(head: dict[str, str], found: list[dict]) -> str:
         f'{row["mfu"]:.1%}' if 'mfu' in row else '-',
       ]
     )
-    cells = [row['experiment'], str(row['batch']), row['remat'], *speed]
+    how = f'{row["remat"]}, {row["attention"]}'
+    cells = [row['experiment'], str(row['batch']), how, *speed]
     lines.append(f'| {" | ".join(cells)} |')
   return '\n'.join(lines) + '\n'
 

@@ -138,6 +138,11 @@ def check_batch(experiment: Experiment, sizes: Mapping[str, int]):
 
 def _check_context(experiment: Experiment, sizes: Mapping[str, int]):
   context, model = sizes['context'], experiment.model
+  if experiment.run.attention != 'xla':
+    raise ValueError(
+      f'run.attention={experiment.run.attention!r} takes whole sequences, and '
+      f"mesh.context={context} splits them; set run.attention to 'xla'"
+    )
   T = experiment.data.sequence_length
   if T % (2 * context):
     raise ValueError(
@@ -278,7 +283,10 @@ def _mean_loss(experiment: Experiment, params: PyTree, tokens_BT1):
   run, weight = experiment.run, experiment.optimizer.z_loss
   model = decoder.bind(experiment.model, params)
   x_BTD, _ = model.hidden(
-    tokens_BT1[:, :-1], remat=run.remat, gather=run.gather
+    tokens_BT1[:, :-1],
+    remat=run.remat,
+    gather=run.gather,
+    attention=run.attention,
   )
   targets_BT = tokens_BT1[:, 1:]
   if run.loss_chunk:
