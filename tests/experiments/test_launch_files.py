@@ -217,4 +217,5 @@ def test_a_tpu_pod(run, on_a_tpu, tmp_path, monkeypatch):
 def test_every_launch_file_is_tested():
   text = Path(__file__).read_text()
   for file in FOLDER.iterdir():
-    assert f"'{file.name}'" in text
+    if file.suffix != '.md':
+      assert f"'{file.name}'" in text
