@@ -239,9 +239,8 @@ def elastic(drill: Drill, at: int):
 
 def storm(drill: Drill, at: int):
   """One thing after another."""
-  sigterm(drill, at - 20)
-  kill_worker(drill, at)
-  truncated(drill, at + 15)
+  kill_worker(drill, at - 10)
+  truncated(drill, at + 5)
 
 
 DRILLS: dict[str, tuple[Callable[[Drill, int], None], tuple[int, ...]]] = {

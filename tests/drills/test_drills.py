@@ -24,9 +24,9 @@ def test_training_survives_kills_inside_a_save_too(tmp_path, monkeypatch):
 
 
 def test_processes_survive_what_is_done_to_them(tmp_path):
-  [row] = lose_processes.drills(['storm'], steps=50, folder=tmp_path)
+  [row] = lose_processes.drills(['storm'], steps=40, folder=tmp_path)
   assert row['result'].endswith('digests equal')
-  assert row['exit codes'] == '[143, 143]; [75, -9]; [143, 143]'
+  assert row['exit codes'] == '[75, -9]; [143, 143]'
 
 
 def test_a_trillion_tokens_are_entered_anywhere(tmp_path):

@@ -21,8 +21,8 @@ def experiment():
 def test_every_mesh_has_all_devices():
   found = list(choices.meshes(12, 64))
   assert all(math.prod(sizes.values()) == 12 for sizes in found)
-  assert {'data': 2, 'fsdp': 3, 'tensor': 2} in found
-  assert {'data': 12, 'fsdp': 1, 'tensor': 1} in found
+  assert {'data': 2, 'fsdp': 3, 'context': 1, 'tensor': 2} in found
+  assert {'data': 12, 'fsdp': 1, 'context': 1, 'tensor': 1} in found
   tensors = {sizes['tensor'] for sizes in found}
   assert tensors == {1, 2, 3, 4, 6}
 

@@ -48,8 +48,8 @@ def test_families_train_turn_by_turn_and_the_table_says_so(
   # Two moments, latents and counters lie as the mesh has it.
   assert own['arguments'] == float_['arguments'] > 0
   text = (tmp_path / 'out' / 'train.md').read_text()
-  assert '| tiny | TriLM | 8 | none |' in text
-  assert '| tiny | FloatLM | 8 | none |' in text
+  assert '| tiny | TriLM | 8 | none, xla |' in text
+  assert '| tiny | FloatLM | 8 | none, xla |' in text
   lines = (tmp_path / 'out' / 'train.jsonl').read_text().splitlines()
   assert {'command', 'date', 'machine'} <= set(json.loads(lines[0]))
   assert [json.loads(line) for line in lines[1:]] == [own, float_]
