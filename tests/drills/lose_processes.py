@@ -230,11 +230,12 @@ def flipped(drill: Drill, at: int):
 
 def elastic(drill: Drill, at: int):
   """4 processes, then 2, then 4."""
-  for part in (at, at + 20):
+  for part in (at - 10, at + 5):
     processes = drill.start()
     processes.wait_for(part)
     processes.signal(signal.SIGTERM, len(processes.all) - 1)
     drill.end(processes)
+    assert drill.codes[-1] == [143] * len(processes.all), drill.said
 
 
 def storm(drill: Drill, at: int):
