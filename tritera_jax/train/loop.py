@@ -87,10 +87,8 @@ class _Attempt:
     self.signals, self.quiet = signals, quiet
     data, run = experiment.data, experiment.run
     self.folder = Path(run.folder)
-    self.placed, self.whole = (
-      step.batch_sharding(mesh),
-      rules.shardings(mesh, ()),
-    )
+    self.placed = step.batch_sharding(mesh)
+    self.whole = rules.shardings(mesh, ())
     self.rows = rules.rows_here(
       self.placed, (data.batch_size, data.sequence_length + 1)
     )
@@ -136,7 +134,10 @@ class _Attempt:
         observer.before_update(n + 1, state, self.signals)
         writing = self.checkpoints.is_saving_in_progress()
         votes = agreement.votes(self.pace.busy(writing=writing))
-        number = jax.device_put(np.int32(n), self.whole)
+        # Not device_put, which has all processes compare what they put.
+        number = jax.make_array_from_callback(
+          (), self.whole, lambda _, n=n: np.asarray(n, np.int32)
+        )
         with jax.transfer_guard('disallow'):
           state, measured = update(state, tokens_BT1, number, *votes)
         before, now = now, (measured, n + 1, batch)
