@@ -39,10 +39,11 @@ class DataConfig:
       alone; windows are drawn by weight. Tokenizer and held-out text are
       those of `path`. A dataset that is used up is read again in another
       order.
-    reweighted: (n, weights): from batch n on (n updates made), the datasets
-      of `mixture` have these weights, in its order. Each goes on from where
-      it is. A run that is resumed takes what begins at its newest checkpoint
-      or later; a dataset that joins is added to `mixture` with weight 0.
+    reweighted: (n, weights): from batch n on (that of update n, counted from 0,
+      where none is skipped), the datasets of `mixture` have these weights, in
+      its order. Each goes on from where it is. A run that is resumed takes
+      what begins at its newest checkpoint or later; a dataset that joins is
+      added to `mixture` with weight 0.
     max_epochs: refuse a run that would read a dataset more often; 0: any.
   """
 
@@ -269,9 +270,10 @@ class RunConfig:
     keep_every: also keep those of every so many steps; 0: none.
     recovery: what is done about a batch whose loss went wrong.
     skip: ranges of batches, first and one past the last, never to train on.
-    stall_seconds: longest that a step, a batch, a save or a compilation may
-      take. After half of it what is waited for is named and every thread's
-      stack printed; after all of it the process exits with 75.
+    stall_seconds: longest that a step, a batch, a save, a compilation, an
+      evaluation or the restoring of a checkpoint may take. After half of it
+      what is waited for is named and every thread's stack printed; after all
+      of it the process exits with 75.
     stop_seconds: from a signal to stop until the process exits with 75, saved
       or not; 0: it waits for the save.
     accumulation: parts that a batch is computed in, one after the other:

@@ -267,6 +267,8 @@ def flip_a_bit(folder):
 DAMAGES = {
   'truncated': truncate,
   'flipped': flip_a_bit,
+  'cut metadata': lambda f: (f / 'params' / '_METADATA').write_text('{"tree'),
+  'no digests': lambda folder: shutil.rmtree(folder / 'digests'),
   'no params': lambda folder: shutil.rmtree(folder / 'params'),
   'no model': lambda folder: shutil.rmtree(folder / 'model'),
   'empty model': lambda f: (f / 'model' / 'metadata').write_text(''),

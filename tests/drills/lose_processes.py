@@ -225,6 +225,7 @@ def flipped(drill: Drill, at: int):
   data[len(data) // 2] ^= 0x10
   largest.write_bytes(data)
   drill.finish()
+  assert 'has the digest' in drill.said
   assert 'going on from the one before' in drill.said
 
 

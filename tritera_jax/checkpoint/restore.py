@@ -7,6 +7,7 @@ import dataclasses
 import itertools
 import json
 from pathlib import Path
+import time
 from typing import Any
 
 import jax
@@ -52,7 +53,10 @@ def _restore(
 ) -> dict[str, PyTree]:
   """Restores the items named, each onto its abstract target."""
   where = f'{checkpoints.directory}/{step}'
-  metadata = checkpoints.item_metadata(step)
+  try:
+    metadata = checkpoints.item_metadata(step)
+  except Exception as error:  # Orbax parses JSON as it finds it
+    raise DamagedError(f'{where} cannot be read ({error!r})') from error
   missing = [item for item in targets if metadata.get(item) is None]
   if missing:
     raise DamagedError(f'{where}/{missing[0]} is missing')
@@ -107,22 +111,19 @@ def restore_state(
 def _read(checkpoints, step: int, model: ModelConfig, target: Any):
   """The state, and the digests that were saved with it."""
   restored = _restore(checkpoints, step, model, save.items(target))
-  digests = {}
-  # Checkpoints made before there were digests have none.
-  if (Path(checkpoints.directory) / str(step) / 'digests').exists():
-    digests = _restored(checkpoints, step, digests=ocp.args.JsonRestore())
+  there = _restored(checkpoints, step, digests=ocp.args.JsonRestore())
   state = target._replace(params=restored['params'], **restored['rest'])
-  return state, digests.get('digests', {})
+  return state, there['digests']
 
 
 def _check_digests(checkpoints, step: int, state: Any, digests: dict):
   """All processes must call it: each array is hashed where it lies."""
   for item, tree in save.items(state).items():
     found = f'{int(save.digest(tree)):08x}'
-    if digests.get(item, found) != found:
+    if digests.get(item) != found:
       raise DamagedError(
         f'{checkpoints.directory}/{step}/{item} has the digest {found}, not '
-        f'{digests[item]} as when it was saved'
+        f'{digests.get(item)} as when it was saved'
       )
 
 
@@ -147,14 +148,17 @@ def restore_newest(
     ValueError: see `restore_state`.
     DamagedError: there are checkpoints, and none can be read; none is moved.
   """
-  if not (folder / 'checkpoints').is_dir():
+  place = folder / 'checkpoints'
+  if not processes.from_first(lambda: b'yes' * place.is_dir()):
     return None
+  _await(place)
   damaged: list[int] = []
   words: list[str] = []
   state = None
   with save.manager(folder, alone=True) as checkpoints:
-    for step in sorted(checkpoints.all_steps(), reverse=True):
+    for step in _steps_together(checkpoints):
       error = None
+      _await(place / str(step))
       try:
         state, digests = _read(checkpoints, step, model, target)
       except DamagedError as found:
@@ -177,7 +181,7 @@ def restore_newest(
 
   def move():
     for step in damaged:
-      there = folder / 'checkpoints' / str(step)
+      there = place / str(step)
       there.rename(_free(there.with_name(f'{step}.damaged')))
 
   processes.first_alone(move)
@@ -186,6 +190,21 @@ def restore_newest(
     f'from the one before, of step {step}'
   )
   return state
+
+
+def _steps_together(checkpoints: save.Manager) -> list[int]:
+  """As process 0 sees them, newest first: listings may be old elsewhere."""
+  steps = processes.from_first(
+    lambda: json.dumps(sorted(checkpoints.all_steps(), reverse=True)).encode()
+  )
+  return json.loads(steps)
+
+
+def _await(path: Path):
+  """Gives a shared file system a minute to show what is there."""
+  end = time.monotonic() + 60
+  while not path.exists() and time.monotonic() < end:
+    time.sleep(1)
 
 
 def _free(path: Path) -> Path:

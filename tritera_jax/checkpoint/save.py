@@ -66,6 +66,7 @@ def manager(
       keep_period=keep_every or None,
       enable_async_checkpointing=not alone,
       create=not alone,
+      cleanup_tmp_directories=not alone,  # what a crash left half written
       multiprocessing_options=multiprocessing,
     ),
     item_handlers={
@@ -132,7 +133,7 @@ def save(
   there = items(state)
   arrays = {k: ocp.args.StandardSave(v) for k, v in there.items()}
   try:
-    checkpoints.save(
+    saving = checkpoints.save(
       step,
       args=ocp.args.Composite(
         model=ocp.args.JsonSave(dataclasses.asdict(model)),
@@ -144,6 +145,8 @@ def save(
     )
   except (ValueError, OSError) as error:
     raise _not_saved(checkpoints, error) from None
+  if not saving:
+    raise _not_saved(checkpoints, f'step {step} is not newer than those')
 
 
 @jax.jit
@@ -210,7 +213,7 @@ class NotSavedError(OSError):
   """A checkpoint could not be written; those before it stand."""
 
 
-def _not_saved(checkpoints: Manager, error: Exception) -> NotSavedError:
+def _not_saved(checkpoints: Manager, error: Exception | str) -> NotSavedError:
   return NotSavedError(
     f'a checkpoint could not be written to {checkpoints.directory}; those '
     f'of steps {sorted(checkpoints.all_steps())} stand, and the same command '

@@ -234,6 +234,8 @@ def start(launch: Launch) -> Place:
     return place
   if place.process != 0:
     _await(place, launch.connect_seconds)
+  # It would take SIGTERM until the training loop does, and keep it.
+  jax.config.update('jax_enable_preemption_service', False)
   try:
     jax.distributed.initialize(
       place.coordinator,
@@ -384,6 +386,28 @@ def anywhere(flag: bool) -> bool:
   if jax.process_count() == 1:
     return flag
   return bool(multihost_utils.process_allgather(np.bool_(flag)).any())
+
+
+def from_first(function: Callable[[], bytes]) -> bytes:
+  """What `function` returns in process 0, in all: files may look otherwise
+  to others for a while.
+
+  Raises:
+    ValueError: in the others, if it raised in process 0.
+  """
+  if jax.process_count() == 1:
+    return function()
+  found = b''
+
+  def read():
+    nonlocal found
+    found = function()
+
+  first_alone(read)
+  length = int(multihost_utils.broadcast_one_to_all(np.int32(len(found))))
+  padded = np.zeros(length, np.uint8)
+  padded[: len(found)] = np.frombuffer(found, np.uint8)
+  return np.asarray(multihost_utils.broadcast_one_to_all(padded)).tobytes()
 
 
 def first_alone(action: Callable[[], object]):

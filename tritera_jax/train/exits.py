@@ -15,6 +15,7 @@ from collections.abc import Iterator
 import contextlib
 import errno
 import os
+import re
 import sys
 import traceback
 
@@ -25,7 +26,11 @@ from tritera_jax.train.signals import Stopped
 from tritera_jax.train.watchdog import EXIT_AGAIN
 
 EXIT_NOT_SAVED = 74  # EX_IOERR of sysexits.h
-_NO_ROOM = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO}
+_NO_ROOM = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
+# Of JAX, where another process or the way to it has gone.
+_LOST = re.compile(
+  'UNAVAILABLE|DEADLINE_EXCEEDED|ABORTED|CANCELLED|[Gg]loo|NCCL|[Hh]eartbeat'
+)
 
 
 @contextlib.contextmanager
@@ -51,9 +56,8 @@ def told(processes: int) -> Iterator[None]:
       raise
     if not isinstance(error, ValueError | OSError | FloatingPointError):
       words = traceback.format_exc()
-    if (
-      isinstance(error, jax.errors.JaxRuntimeError)
-      and 'RESOURCE_EXHAUSTED' not in words
+    if isinstance(error, jax.errors.JaxRuntimeError) and _LOST.search(
+      str(error)
     ):
       code, words = EXIT_AGAIN, f'a peer was lost, it seems: {error}'
   print(f'tritera train: {words}', file=sys.stderr, flush=True)

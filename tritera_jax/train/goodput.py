@@ -35,12 +35,12 @@ class Ledger:
 
   def __init__(self, stall_seconds: float = float('inf')):
     self.stall_seconds = stall_seconds
-    self.now = ('start', time.monotonic())
     self.restart()
 
   def restart(self):
     """Begins another attempt."""
     self.started = time.time()
+    self.now = ('start', time.monotonic())
     self.step = 0
     self.seconds: dict[str, float] = {}
 
@@ -71,8 +71,9 @@ class Ledger:
       'step': self.step,
       'seconds': {k: round(v, 3) for k, v in self.seconds.items()},
     }
+    # A line end first: the line before may have been cut by a full disk.
     with (folder / _FILE).open('a') as file:
-      file.write(json.dumps(record) + '\n')
+      file.write('\n' + json.dumps(record) + '\n')
 
 
 @dataclasses.dataclass(frozen=True)
@@ -114,6 +115,15 @@ class Goodput:
     )
 
 
+def _records(text: str) -> Iterator[dict]:
+  """Of the lines, but those that a crash or a full disk has cut."""
+  for line in filter(None, text.split('\n')):
+    try:
+      yield json.loads(line)
+    except ValueError:
+      continue
+
+
 def measured(folder: str | Path) -> Goodput:
   """The goodput of a run so far.
 
@@ -125,8 +135,7 @@ def measured(folder: str | Path) -> Goodput:
   if not path.is_file():
     raise FileNotFoundError(f'{folder} has no {_FILE}: not a run, or not begun')
   try:
-    # What follows the last line end was cut by a crash.
-    records = [json.loads(line) for line in path.read_text().split('\n')[:-1]]
+    records = list(_records(path.read_text()))
     attempts = [
       list(group)
       for _, group in itertools.groupby(records, lambda r: r['started'])

@@ -75,6 +75,7 @@ def train(experiment: Experiment, *, quiet: bool = False) -> step.TrainState:
         try:
           return attempt.train(update)
         except recovery.BadBatch as bad:
+          ledger.enter('recover')
           attempt.recover(bad)
           ledger.restart()
 
@@ -100,8 +101,9 @@ class _Attempt:
       seed=data.seed,
       rows=self.rows,
     )
-    self.skipped = recovery.read(self.folder)
+    self.skipped = recovery.read_together(self.folder)
     self.pace = save.Pace(run.save_share)
+    self.saved: int | None = None  # step of the newest checkpoint
     self.due = False  # a periodic checkpoint that is not made yet
     self.put_off = False  # one was, and it was said
 
@@ -161,6 +163,7 @@ class _Attempt:
     state = restore.restore_newest(
       self.folder, self.experiment.model, target, _say
     )
+    self.saved = None if state is None else int(state.step)
     if state is None:
       state = step.jitted_init(self.experiment, self.mesh)()
     return state
@@ -193,7 +196,7 @@ class _Attempt:
       words = 'the newest checkpoint is'
       if bad.state is not None:
         words = 'the state before it is saved as'
-        if bad.step - 1 != checkpoints.latest_step():
+        if bad.step - 1 != self.saved:
           save.save(checkpoints, bad.step - 1, self.experiment.model, bad.state)
           save.wait(checkpoints)
       raise FloatingPointError(
@@ -224,7 +227,8 @@ class _Attempt:
     """Under the step of the state, unless it is there."""
     self.due = False
     done = int(state.step)
-    if done != self.checkpoints.latest_step():
+    if done != self.saved:
+      self.saved = done
       with self.ledger.phase('save'), self.pace.saving():
         save.save(self.checkpoints, done, self.experiment.model, state)
 

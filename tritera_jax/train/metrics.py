@@ -23,7 +23,9 @@ class MetricsFile:
     """Keeps the records up to `from_step`: later ones are about to come."""
     self.path = folder / 'metrics.jsonl'
     kept = [r for r in read(folder) if r['step'] <= from_step]
-    self.path.write_text(''.join(json.dumps(r) + '\n' for r in kept))
+    partial = self.path.with_suffix('.partial')
+    partial.write_text(''.join(json.dumps(r) + '\n' for r in kept))
+    partial.rename(self.path)
 
   def write(self, record: dict):
     with self.path.open('a') as file:

@@ -13,6 +13,7 @@ import dataclasses
 import json
 import math
 from pathlib import Path
+import shutil
 import time
 from typing import Any
 
@@ -93,17 +94,29 @@ class Judge:
 
 
 def read(folder: Path) -> list[Skipped]:
-  """The batches that a run skips.
+  """The batches that a run skips, as this process sees its folder.
 
   Raises:
     ValueError: its record is damaged.
   """
   file = folder / _FILE
-  if not file.exists():
-    return []
+  return _parsed(file, file.read_bytes() if file.exists() else b'[]')
+
+
+def read_together(folder: Path) -> list[Skipped]:
+  """The same, as process 0 sees it: for what all must agree on."""
+  file = folder / _FILE
+
+  def first() -> bytes:
+    return file.read_bytes() if file.exists() else b'[]'
+
+  return _parsed(file, processes.from_first(first))
+
+
+def _parsed(file: Path, text: bytes) -> list[Skipped]:
   try:
     return pydantic.TypeAdapter(list[Skipped]).validate_json(
-      file.read_bytes(), strict=True, extra='forbid'
+      text, strict=True, extra='forbid'
     )
   except pydantic.ValidationError as error:
     problems = '; '.join(
@@ -200,7 +213,9 @@ def roll_back(
   config: RecoveryConfig,
   bad: BadBatch,
 ) -> str:
-  """Skips the batches around a bad one and drops what was trained on them.
+  """Skips the batches around a bad one; what was trained on them is put aside.
+
+  Those checkpoints are STEP.rolled_back until the next time.
 
   All processes must call it.
 
@@ -210,7 +225,7 @@ def roll_back(
   Raises:
     FloatingPointError: the run was rolled back too often.
   """
-  skipped = read(folder)
+  skipped = read_together(folder)
   times = sum(one.rolled_back for one in skipped)
   if times >= config.most:
     raise FloatingPointError(
@@ -223,9 +238,6 @@ def roll_back(
   early = [s for s in steps if _trained_below(s, skipped) <= first]
   # Rather fewer batches skipped than all the way back to the beginning.
   kept = max(early) if early else min(steps, default=0)
-  for step in steps:
-    if step > kept:
-      checkpoints.delete(step)
   one = Skipped(
     max(first, _trained_below(kept, skipped)),
     bad.batch + 1 + config.after,
@@ -233,7 +245,17 @@ def roll_back(
     _now(),
     rolled_back=True,
   )
-  processes.first_alone(lambda: _write(folder, [*skipped, one]))
+
+  def put_aside():
+    place = folder / 'checkpoints'
+    for old in place.glob('*.rolled_back'):  # of the time before
+      shutil.rmtree(old)
+    for step in steps:
+      if step > kept:
+        (place / str(step)).rename(place / f'{step}.rolled_back')
+    _write(folder, [*skipped, one])  # last: it says which batch a step is of
+
+  processes.first_alone(put_aside)
   return (
     f'{bad}: back to {f"checkpoint {kept}" if kept else "the beginning"}; '
     f'batches {one.first}..{one.stop - 1} are skipped from now on'

@@ -55,7 +55,9 @@ def received() -> Iterator[Signals]:
   if threading.current_thread() is not threading.main_thread():
     yield signals
     return
-  before = {}
+  handled = signal.SIGTERM, signal.SIGINT, signal.SIGUSR1
+  # All of them first: a handler puts those of others back.
+  before = {number: signal.getsignal(number) for number in handled}
 
   def stop(number, frame):
     del frame
@@ -72,7 +74,7 @@ def received() -> Iterator[Signals]:
     (signal.SIGINT, stop),
     (signal.SIGUSR1, profile),
   ):
-    before[number] = signal.signal(number, handler)
+    signal.signal(number, handler)
   try:
     yield signals
   finally:
@@ -123,6 +125,6 @@ class Agreement:
     if self.alone:
       return Wish(self.signals.stop or 0, self.busy)
     if measured is None:
-      return Wish(0, True)
+      return Wish(0, False)  # nothing can be being written yet
     stop, busy = np.asarray(measured['votes']).tolist()
     return Wish(stop, bool(busy))

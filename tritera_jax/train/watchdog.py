@@ -74,7 +74,7 @@ class Watchdog(threading.Thread):
       if seconds > self.stop_seconds:
         self._say(
           f'told to stop {seconds:.0f} s ago, more than run.stop_seconds='
-          f'{self.stop_seconds:g}, and not saved yet (in {phase!r}): leaving; '
+          f'{self.stop_seconds:g}, and still here (in {phase!r}): leaving; '
           'the same command goes on from the newest checkpoint'
         )
         self.leave(EXIT_AGAIN)
