@@ -4,9 +4,11 @@
 from collections.abc import Callable, Iterator
 import contextlib
 import dataclasses
+import gc
 import itertools
 import json
 from pathlib import Path
+import sys
 import time
 from typing import Any
 
@@ -77,10 +79,18 @@ def _restored(checkpoints: save.Manager, step: int, **items) -> Any:
     return checkpoints.restore(step, args=ocp.args.Composite(**items))
   except Exception as error:  # Orbax raises just that of arrays
     words = str(error).partition('See full TensorStore details')[0].strip()
-    raise DamagedError(
-      f'{checkpoints.directory}/{step}/{"|".join(items)} cannot be read '
-      f'({type(error).__name__}: {words[:300]})'
-    ) from error
+    words = f'{type(error).__name__}: {words[:300]}'
+  # Not from the handler: what was being read of other arrays hangs on the
+  # exception, in a loop that is closed, and would say so one by one when it is
+  # collected.
+  hook, sys.unraisablehook = sys.unraisablehook, lambda _: None
+  try:
+    gc.collect()
+  finally:
+    sys.unraisablehook = hook
+  raise DamagedError(
+    f'{checkpoints.directory}/{step}/{"|".join(items)} cannot be read ({words})'
+  )
 
 
 def restore_state(
