@@ -23,14 +23,16 @@ MAY_IMPORT = {
   'tritera_kernels': set(),
   'ternary': {'parallel', 'tritera_kernels'},
   'parallel': {'tritera_kernels'},
-  'data': set(),
+  'validated': set(),
+  'data': {'validated'},
   'model': {'ternary', 'parallel', 'tritera_kernels'},
-  'experiment': {'model', 'parallel', 'ternary'},
+  'experiment': {'model', 'parallel', 'ternary', 'validated'},
   'checkpoint': {
     'experiment', 'model', 'ternary', 'parallel', 'tritera_kernels',
   },
   'train': {
     'checkpoint', 'data', 'experiment', 'model', 'parallel', 'ternary',
+    'validated',
   },
   'generate': {
     'checkpoint', 'data', 'experiment', 'model', 'parallel', 'ternary',

@@ -18,6 +18,7 @@ from typing import Literal
 
 import pydantic
 
+from tritera_jax import validated
 from tritera_jax.model.attention import Kernel
 from tritera_jax.model.config import ModelConfig
 from tritera_jax.model.decoder import Remat
@@ -425,13 +426,7 @@ def from_json(text: str, source: str = 'experiment.json') -> Experiment:
     ValueError: not JSON, or a field is missing, unknown or of a wrong type:
       each by its dotted name.
   """
-  try:
-    return _ADAPTER.validate_json(text, strict=True, extra='forbid')
-  except pydantic.ValidationError as error:
-    problems = '; '.join(
-      f'{".".join(map(str, e["loc"]))}: {e["msg"]}' for e in error.errors()
-    )
-    raise ValueError(f'{source}: {problems}') from None
+  return validated.from_json(_ADAPTER, text, source)
 
 
 def load(path: str) -> Experiment:

@@ -346,6 +346,11 @@ def test_a_digest_is_that_of_the_bits_on_any_mesh():
     bit = np.uint32(1) << np.uint32(rng.integers(32))
     other.view(np.uint32)[rng.integers(16), rng.integers(24)] ^= bit
     assert int(save.digest(tree | {'a': other})) != want
+  # Nor do changes cancel: the same bit of two elements, as of two signs.
+  for bit in range(32):
+    other = tree['a'].copy()
+    other.view(np.uint32)[[3, 7], [4, 9]] ^= np.uint32(1) << np.uint32(bit)
+    assert int(save.digest(tree | {'a': other})) != want
   swapped = tree['a'].copy()
   swapped[[0, 1]] = swapped[[1, 0]]
   assert int(save.digest(tree | {'a': swapped})) != want

@@ -9,6 +9,7 @@ import sys
 import jax
 import pytest
 
+from tests.drills.lose_processes import free_port
 from tritera_jax.parallel import mesh as mesh_lib
 from tritera_jax.parallel import processes
 from tritera_jax.parallel.mesh import MeshConfig
@@ -161,12 +162,6 @@ def test_the_map_names_each_device_once():
     'data=0-1', 'fsdp=0-3', 'context=0', 'tensor=0',
   ]  # fmt: skip
   assert processes._ranges([9, 3, 1, 2, 9]) == '1-3,9'
-
-
-def free_port() -> int:
-  with socket.socket() as probe:
-    probe.bind(('127.0.0.1', 0))
-    return probe.getsockname()[1]
 
 
 def train(arguments, devices: int) -> subprocess.Popen:

@@ -15,6 +15,7 @@ from tritera_jax.experiment import (
   RunConfig,
 )
 from tritera_jax.model import decoder
+from tritera_jax.parallel import digest as digest_lib
 from tritera_jax.parallel import mesh as mesh_lib
 from tritera_jax.ternary.schedule import TriLMSchedule
 from tritera_jax.train import optimizer, step
@@ -225,7 +226,7 @@ def test_the_digest_tells_batches_their_order_and_their_places():
   def digest(*batches):
     value = jnp.uint32(0)
     for one in batches:
-      value = step._digest(value, one)
+      value = digest_lib.chained(value, digest_lib.digest(one))
     return int(value)
 
   a, b = batch(0), batch(1)

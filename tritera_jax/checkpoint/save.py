@@ -21,13 +21,13 @@ import time
 from typing import Any
 
 import jax
-import jax.numpy as jnp
-from jaxtyping import Array, PyTree, UInt32
+from jaxtyping import PyTree
 import orbax.checkpoint as ocp
 
 from tritera_jax import experiment as experiment_lib
 from tritera_jax.experiment import Experiment
 from tritera_jax.model.config import ModelConfig
+from tritera_jax.parallel import digest as digest_lib
 
 _PACKAGES = ('jax', 'jaxlib', 'flax', 'optax', 'orbax-checkpoint', 'numpy')
 
@@ -149,25 +149,7 @@ def save(
     raise _not_saved(checkpoints, f'step {step} is not newer than those')
 
 
-@jax.jit
-def digest(tree: PyTree) -> UInt32[Array, '']:
-  """A linear hash of the bits of a tree's leaves, the same on any mesh."""
-  total = jnp.uint32(0)
-  for number, leaf in enumerate(jax.tree.leaves(tree)):
-    bits = jax.lax.bitcast_convert_type(
-      leaf, jnp.dtype(f'uint{8 * leaf.dtype.itemsize}')
-    ).astype(jnp.uint32)
-    place = jnp.zeros(leaf.shape, jnp.uint32)
-    for axis, length in enumerate(leaf.shape):
-      along = jax.lax.broadcasted_iota(jnp.uint32, leaf.shape, axis)
-      place = place * jnp.uint32(length) + along
-    place = (place ^ (place >> 16)) * jnp.uint32(0x45D9F3B)
-    # An odd factor: no single flipped bit leaves the product as it was.
-    factor = 2 * (place ^ (place >> 16)) + 1
-    total = total * jnp.uint32(1664525) + jnp.sum(
-      bits * factor + jnp.uint32(number), dtype=jnp.uint32
-    )
-  return total
+digest = jax.jit(digest_lib.digest)
 
 
 class Pace:

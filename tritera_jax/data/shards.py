@@ -33,6 +33,7 @@ import pydantic
 import tensorstore as ts
 import tokenizers
 
+from tritera_jax import validated
 from tritera_jax.data import storage
 from tritera_jax.data import tokenizer as tokenizer_lib
 
@@ -91,6 +92,9 @@ class Manifest:
   left_out: int = 0
   kind: str = KIND
   version: int = VERSION
+
+
+_MANIFEST = pydantic.TypeAdapter(Manifest)
 
 
 def _spec(root: str | Path, path: str) -> dict:
@@ -173,15 +177,7 @@ def read_manifest(root: str | Path) -> Manifest:
       f'{root} has no manifest.json: not a dataset, or one whose `tritera '
       'prepare` did not finish; run that again'
     )
-  try:
-    manifest = pydantic.TypeAdapter(Manifest).validate_json(
-      text, strict=True, extra='forbid'
-    )
-  except pydantic.ValidationError as error:
-    problems = '; '.join(
-      f'{".".join(map(str, e["loc"]))}: {e["msg"]}' for e in error.errors()
-    )
-    raise ValueError(f'{file}: {problems}') from None
+  manifest = validated.from_json(_MANIFEST, text, file)
   for field, wanted in (
     ('kind', KIND),
     ('version', VERSION),

@@ -119,8 +119,10 @@ def plot(folder: str | Path) -> Path:
   axes.set(xlabel='step', ylabel='loss (nats a token)')
   axes.grid(alpha=0.3)
   twin = axes.twinx()
-  if draw(twin, 'flip_fraction', color='tab:green', lw=1, ls='--',
-          label='codes flipped by one step'):  # fmt: skip
+  # DiLoCo's agreed weights stay as they are between agreements: no logarithm.
+  flips = any(r.get('flip_fraction', 0) > 0 for r in records)
+  if flips and draw(twin, 'flip_fraction', color='tab:green', lw=1, ls='--',
+                    label='codes flipped by one step'):  # fmt: skip
     twin.set(ylabel='share of codes flipped by one step', yscale='log')
     handles = axes.get_lines() + twin.get_lines()
     axes.legend(handles=handles, frameon=False)

@@ -20,6 +20,7 @@ from typing import Any
 import grain
 import pydantic
 
+from tritera_jax import validated
 from tritera_jax.checkpoint import save
 from tritera_jax.data import loader
 from tritera_jax.experiment import RecoveryConfig
@@ -99,30 +100,24 @@ def read(folder: Path) -> list[Skipped]:
   Raises:
     ValueError: its record is damaged.
   """
-  file = folder / _FILE
-  return _parsed(file, file.read_bytes() if file.exists() else b'[]')
+  return _parsed(folder / _FILE, _bytes(folder))
 
 
 def read_together(folder: Path) -> list[Skipped]:
   """The same, as process 0 sees it: for what all must agree on."""
+  return _parsed(folder / _FILE, processes.from_first(lambda: _bytes(folder)))
+
+
+_SKIPPED = pydantic.TypeAdapter(list[Skipped])
+
+
+def _bytes(folder: Path) -> bytes:
   file = folder / _FILE
-
-  def first() -> bytes:
-    return file.read_bytes() if file.exists() else b'[]'
-
-  return _parsed(file, processes.from_first(first))
+  return file.read_bytes() if file.exists() else b'[]'
 
 
 def _parsed(file: Path, text: bytes) -> list[Skipped]:
-  try:
-    return pydantic.TypeAdapter(list[Skipped]).validate_json(
-      text, strict=True, extra='forbid'
-    )
-  except pydantic.ValidationError as error:
-    problems = '; '.join(
-      f'{".".join(map(str, e["loc"]))}: {e["msg"]}' for e in error.errors()
-    )
-    raise ValueError(f'{file} is damaged: {problems}') from None
+  return validated.from_json(_SKIPPED, text, f'{file} is damaged')
 
 
 def _write(folder: Path, skipped: Iterable[Skipped]):

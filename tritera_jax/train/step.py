@@ -14,7 +14,7 @@ import optax
 
 from tritera_jax.experiment import Experiment
 from tritera_jax.model import decoder
-from tritera_jax.parallel import rules
+from tritera_jax.parallel import digest, rules
 from tritera_jax.train import chunked_loss, diloco, loss, optimizer
 
 
@@ -226,7 +226,7 @@ def train_step(
   )
   after = TrainState(
     state.step + 1,
-    _digest(state.tokens_digest, tokens_BT1),
+    digest.chained(state.tokens_digest, digest.digest(tokens_BT1)),
     params,
     opt_state,
   )
@@ -308,13 +308,3 @@ def _mean_loss(experiment: Experiment, params: PyTree, tokens_BT1):
     return nats, {'loss': nats}
   z_loss = weight * loss.squared_log_z(logits_BTV).mean()
   return nats + z_loss, {'loss': nats, 'z_loss': z_loss}
-
-
-def _digest(before: UInt32[Array, ''], tokens_BT1) -> UInt32[Array, '']:
-  """A linear hash of the batch, chained; integers, so the same on any mesh."""
-  place = jnp.arange(tokens_BT1.size, dtype=jnp.uint32)
-  place = (place ^ (place >> 16)) * jnp.uint32(0x45D9F3B)
-  place = 2 * (place ^ (place >> 16)) + 1
-  tokens = tokens_BT1.astype(jnp.uint32) + 1
-  batch = jnp.sum(tokens * place.reshape(tokens_BT1.shape), dtype=jnp.uint32)
-  return before * jnp.uint32(1664525) + batch
