@@ -43,7 +43,7 @@ MAY_IMPORT = {
     'ternary', 'train', 'tritera_kernels',
   },
   'interop': {'checkpoint', 'experiment', 'model', 'tritera_kernels'},
-  'scaling': set(),
+  'scaling': {'validated'},
   'plan': {'experiment', 'model', 'parallel', 'ternary', 'train'},
   'show': {'experiment', 'model'},
   'quickstart': {

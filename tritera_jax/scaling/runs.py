@@ -1,0 +1,92 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Finished runs as rows of a table: what laws are fitted to.
+
+A table is JSON lines, `runs.jsonl`; `tritera sweep` appends a row when a run
+is done. Rows of others' runs can be written by hand.
+"""
+
+from collections.abc import Iterable
+import dataclasses
+import json
+from pathlib import Path
+from typing import Literal
+
+import pydantic
+
+from tritera_jax import validated
+
+FILE = 'runs.jsonl'
+
+
+@dataclasses.dataclass(frozen=True)
+class Run:
+  """One finished run.
+
+  Attributes:
+    name: unique in its table.
+    family: of its weights.
+    parameters: all of them, the vocabulary without padding, N.
+    parameters_without_embeddings: without embedding and head.
+    bits: of all parameters, as the papers count (Spectra, Table 4).
+    tokens: trained on, repeated ones included, D.
+    flops: of training, forward and backward.
+    held_out_loss: nats a token.
+    bits_per_byte: the same loss, in bits a byte of held-out text.
+    seed: of initial parameters and of the order of data.
+    seconds: that training took.
+  """
+
+  name: str
+  family: Literal['ternary', 'binary', 'float']
+  parameters: int
+  parameters_without_embeddings: int
+  bits: float
+  tokens: int
+  flops: float
+  held_out_loss: float
+  bits_per_byte: float
+  seed: int
+  seconds: float
+
+  def __post_init__(self):
+    for field in (
+      'parameters', 'parameters_without_embeddings', 'bits', 'tokens',
+      'flops', 'held_out_loss', 'bits_per_byte',
+    ):  # fmt: skip
+      value = getattr(self, field)
+      if not 0 < value < float('inf'):
+        raise ValueError(f'{field}={value} of {self.name} must be > 0')
+
+
+_RUN = pydantic.TypeAdapter(Run)
+
+
+def read(*places: str | Path) -> list[Run]:
+  """The rows of tables, each a file or a folder with runs.jsonl.
+
+  Raises:
+    FileNotFoundError: there is no such table.
+    ValueError: a row is not as it should be, or two have one name: file and
+      line are named.
+  """
+  runs: dict[str, Run] = {}
+  for place in places:
+    file = Path(place)
+    file = file / FILE if file.is_dir() else file
+    if not file.is_file():
+      raise FileNotFoundError(
+        f'{file} is not there; `tritera sweep` writes {FILE} into its folder'
+      )
+    for number, line in enumerate(file.read_text().splitlines(), start=1):
+      run = validated.from_json(_RUN, line, f'{file}, line {number}')
+      if run.name in runs:
+        raise ValueError(f'{file}, line {number}: a second run {run.name!r}')
+      runs[run.name] = run
+  return list(runs.values())
+
+
+def append(folder: str | Path, runs: Iterable[Run]):
+  """Adds rows to the table of a folder."""
+  with (Path(folder) / FILE).open('a') as file:
+    for run in runs:
+      file.write(json.dumps(dataclasses.asdict(run)) + '\n')
