@@ -49,9 +49,14 @@ MAY_IMPORT = {
   'quickstart': {
     'checkpoint', 'data', 'eval', 'experiment', 'generate', 'show', 'train',
   },
+  'sweep': {
+    'checkpoint', 'data', 'eval', 'experiment', 'model', 'scaling', 'train',
+  },
+  '__main__': {'cli'},
   'cli': {
     'checkpoint', 'data', 'eval', 'experiment', 'generate', 'parallel',
-    'plan', 'quickstart', 'scaling', 'show', 'train', 'tritera_kernels',
+    'plan', 'quickstart', 'scaling', 'show', 'sweep', 'train',
+    'tritera_kernels',
   },
 }  # fmt: skip
 NOBODY_IMPORTS = {'experiments', 'notebooks', 'tests', 'kernels'}
