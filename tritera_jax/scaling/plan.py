@@ -14,25 +14,27 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 from tritera_jax.scaling.costs import Serving, Shapes
+from tritera_jax.scaling.intervals import Interval
 
 Array = NDArray[np.float64]
 Law = Callable[[ArrayLike, ArrayLike], Any]
 
 
-@dataclasses.dataclass(frozen=True)
-class Estimate:
-  """A value and the interval that holds 95 % of the draws."""
+LEVEL = 0.9  # of confidence, of every interval
 
-  value: float
-  low: float
-  high: float
 
-  @classmethod
-  def of(cls, values: ArrayLike) -> 'Estimate':
-    """Of the best fit's value and those of draws; NaN without draws."""
-    value, *draws = np.asarray(values, float)
-    low, high = np.quantile(draws or [np.nan], (0.025, 0.975))
-    return cls(float(value), float(low), float(high))
+def interval(values: ArrayLike) -> Interval:
+  """Of the best fit's value and those of its draws; NaN without draws."""
+  value, *draws = np.asarray(values, float)
+  low, high = ends(draws or [np.nan])
+  return Interval(float(value), float(low), float(high), LEVEL)
+
+
+def ends(draws: ArrayLike) -> Array:
+  """What holds LEVEL of draws (K, ...): low and high (2, ...)."""
+  return np.quantile(
+    np.asarray(draws, float), ((1 - LEVEL) / 2, (1 + LEVEL) / 2), axis=0
+  )
 
 
 @dataclasses.dataclass(frozen=True)
@@ -146,9 +148,9 @@ class Choice:
   """
 
   family: str
-  parameters: Estimate
-  tokens: Estimate
-  loss: Estimate
+  parameters: Interval
+  tokens: Interval
+  loss: Interval
   training_flops: float
   served_bytes: float
   joules_per_token: float
@@ -170,11 +172,12 @@ def best(
   found = {}
   for family, fitted in families.items():
     largest = _largest(family, budget, shapes, serving)
-    sizes = [
-      _best_size(law, largest, budget, shapes)
-      for law in (fitted.law, *fitted.draws)
-    ]
-    found[family] = np.array(sizes).T
+    found[family] = np.array(
+      [
+        np.ravel(_best(law, largest, budget.flops, budget.tokens, shapes))
+        for law in (fitted.law, *fitted.draws)
+      ]
+    ).T
   count = min(each.shape[1] for each in found.values())
   least = np.min([each[2, :count] for each in found.values()], axis=0)
   choices = []
@@ -184,9 +187,9 @@ def best(
     choices.append(
       Choice(
         family,
-        Estimate.of(N),
-        Estimate.of(D),
-        Estimate.of(loss),
+        interval(N),
+        interval(D),
+        interval(loss),
         float(D[0] * shapes.flops_per_token(N[0])),
         float(serving.bytes(family, shapes, N[0])),
         float(serving.joules_per_token(family, shapes, N[0])),
@@ -194,17 +197,31 @@ def best(
         float(np.mean(won)),
       )
     )
-  return sorted(choices, key=lambda choice: choice.loss.value)
+  return sorted(choices, key=lambda choice: choice.loss.estimate)
+
+
+def frontier(fitted: Fitted, shapes: Shapes, flops: Array) -> Array:
+  """The best N for training FLOPs (C,), of the law and each draw (1 + K, C)."""
+  largest = _trainable(flops, shapes)
+  return np.array(
+    [
+      _best(law, largest, flops, None, shapes)[0]
+      for law in (fitted.law, *fitted.draws)
+    ]
+  )
+
+
+def _trainable(flops: ArrayLike, shapes: Shapes) -> Array:
+  """The largest N that sees one token, the least that a run sees."""
+  growth = shapes.flops_per_token
+  return (np.asarray(flops) / growth.coefficient) ** (1 / growth.exponent)
 
 
 def _largest(
   family: str, budget: Budget, shapes: Shapes, serving: Serving
 ) -> float:
   """N that a budget allows at all."""
-  limits = [np.inf]
-  if budget.flops < np.inf:  # one token is the least that a run sees
-    growth = shapes.flops_per_token
-    limits.append((budget.flops / growth.coefficient) ** (1 / growth.exponent))
+  limits = [float(_trainable(budget.flops, shapes))]
   for limit, cost in (
     (budget.served_bytes, serving.bytes),
     (budget.joules_per_token, serving.joules_per_token),
@@ -217,28 +234,29 @@ def _largest(
   return min(limits)
 
 
-def _best_size(
-  law: Law, largest: float, budget: Budget, shapes: Shapes
-) -> tuple[float, float, float]:
-  """N, D and the loss at the least loss within a budget."""
-  most_tokens = np.inf if budget.tokens is None else budget.tokens
+def _best(
+  law: Law,
+  largest: ArrayLike,
+  flops: ArrayLike,
+  most_tokens: float | None,
+  shapes: Shapes,
+) -> tuple[Array, Array, Array]:
+  """N, D and the loss (C,) at the least loss within limits (C,).
 
-  def tokens(N):
-    return np.minimum(most_tokens, budget.flops / shapes.flops_per_token(N))
-
-  def loss(log_N):
-    N = np.exp(log_N)
-    return law(N, tokens(N))
-
-  log_N = _minimum(loss, 0.0, float(np.log(largest)))
-  N = float(np.exp(log_N))
-  return N, float(tokens(N)), float(loss(log_N))
-
-
-def _minimum(f: Callable[[Array], Array], low: float, high: float) -> float:
-  """Where f is least between two ends: grids, each finer than the last."""
+  By grids of log N, each finer than the last: to 1e-6 of its range.
+  """
+  flops = np.reshape(flops, (-1, 1))
+  low = np.zeros_like(flops, float)
+  high = np.broadcast_to(np.reshape(np.log(largest), (-1, 1)), low.shape)
   for _ in range(5):
-    grid = np.linspace(low, high, 49)
-    at = int(np.argmin(f(grid)))
-    low, high = grid[max(at - 1, 0)], grid[min(at + 1, 48)]
-  return float(grid[at])
+    N = np.exp(low + np.linspace(0, 1, 49) * (high - low))
+    D = flops / shapes.flops_per_token(N)
+    D = D if most_tokens is None else np.minimum(D, most_tokens)
+    loss = law(N, D)
+    at = np.argmin(loss, axis=1)[:, None]
+    low, high = (
+      np.log(np.take_along_axis(N, np.clip(at + side, 0, 48), 1))
+      for side in (-1, 1)
+    )
+  N, D, loss = (np.take_along_axis(each, at, 1)[:, 0] for each in (N, D, loss))
+  return N, D, loss

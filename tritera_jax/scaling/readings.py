@@ -1,13 +1,14 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What fitted laws say of data, parameters and families."""
+"""What a fitted law says of data and parameters."""
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 import dataclasses
 
 import numpy as np
 
+from tritera_jax.scaling import plan
+from tritera_jax.scaling.intervals import Interval
 from tritera_jax.scaling.laws import ChinchillaLaw
-from tritera_jax.scaling.plan import Array, Estimate
 
 
 @dataclasses.dataclass(frozen=True)
@@ -33,15 +34,15 @@ class Readings:
     share_for_parameters: of draws in which more parameters gain more.
   """
 
-  ratio: Estimate
-  parameters_exponent: Estimate
-  tokens_exponent: Estimate
+  ratio: Interval
+  parameters_exponent: Interval
+  tokens_exponent: Interval
   parameters: float
   tokens: float
-  gain_of_parameters: Estimate
-  gain_of_tokens: Estimate
-  double_parameters: Estimate
-  double_tokens: Estimate
+  gain_of_parameters: Interval
+  gain_of_tokens: Interval
+  double_parameters: Interval
+  double_tokens: Interval
   share_for_parameters: float
 
 
@@ -53,8 +54,8 @@ def readings(
 ) -> Readings:
   """Both readings of a law, the second at a point."""
 
-  def estimate(f: Callable[[ChinchillaLaw], float]) -> Estimate:
-    return Estimate.of([f(each) for each in (law, *draws)])
+  def estimate(f: Callable[[ChinchillaLaw], float]) -> Interval:
+    return plan.interval([f(each) for each in (law, *draws)])
 
   def gains(law: ChinchillaLaw) -> tuple[float, float]:
     sizes, data = law.terms(parameters, tokens)
@@ -76,62 +77,3 @@ def readings(
     estimate(lambda law: doubling(law, 1, 2)),
     float(np.mean(pairs[:, 0] > pairs[:, 1])),
   )
-
-
-@dataclasses.dataclass(frozen=True)
-class Crossing:
-  """Where two families have one loss, as something grows.
-
-  Attributes:
-    at: what grows there, its last crossing; None where they do not cross.
-    loss: nats a token there.
-    before: the family with the lower loss before it, or all along.
-    after: the one after it.
-    share: of draws that cross at all; that of `at`'s interval.
-  """
-
-  at: Estimate | None
-  loss: float | None
-  before: str
-  after: str
-  share: float
-
-
-def crossing(grows: Array, losses: Mapping[str, Array]) -> Crossing:
-  """The last place in a table where the losses of two families cross.
-
-  Args:
-    grows: parameters or bytes (X,), rising: dense enough to interpolate its
-      logarithm linearly.
-    losses: of the two families (1 + K, X), as `Fitted.table` gives them.
-  """
-  one, other = losses
-  apart = losses[one] - losses[other]
-  x = np.log(grows)
-  roots = [_last_root(x, row) for row in apart]
-  at, *found = roots
-  found = [root for root in found if root is not None]
-  names = {True: one, False: other}
-  if at is None:
-    lower = names[bool(apart[0, -1] < 0)]
-    return Crossing(None, None, lower, lower, _share(found, roots))
-  after = names[bool(apart[0, x > at][0] < 0)]
-  return Crossing(
-    Estimate.of(np.exp([at, *found])),
-    float(np.interp(at, x, losses[one][0])),
-    other if after == one else one,
-    after,
-    _share(found, roots),
-  )
-
-
-def _share(found: list, roots: list) -> float:
-  return len(found) / max(len(roots) - 1, 1)
-
-
-def _last_root(x: Array, y: Array) -> float | None:
-  changes = np.flatnonzero(np.signbit(y[1:]) != np.signbit(y[:-1]))
-  if not len(changes):
-    return None
-  k = changes[-1]
-  return float(x[k] - y[k] * (x[k + 1] - x[k]) / (y[k + 1] - y[k]))
