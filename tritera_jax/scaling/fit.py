@@ -10,20 +10,25 @@ power law of N. `in_bits` is one law for all families (laws.BitsLaw).
 
 from collections.abc import Collection
 import dataclasses
-from typing import Literal, get_args
+from typing import Literal
 
 import numpy as np
 
 from tritera_jax.scaling import laws
-from tritera_jax.scaling import minimize as minimize_lib
 from tritera_jax.scaling.laws import Law
-from tritera_jax.scaling.minimize import Array, Form
+from tritera_jax.scaling.minimize import Array, Form, minimize
 from tritera_jax.scaling.points import Points, refuse_what_no_law_fits
 
-Shared = Literal['E', 'A', 'alpha', 'B', 'beta']
+Kind = Literal['power', 'chinchilla', 'bits']
 SQUARES = float('inf')  # delta of least squares of log losses
 
+_CONSTANTS: dict[Kind, tuple[str, ...]] = {
+  'power': ('E', 'A', 'alpha'),
+  'chinchilla': ('E', 'A', 'alpha', 'B', 'beta'),
+  'bits': ('E', 'A', 'alpha', 'B', 'beta', 'gamma'),
+}
 _EXPONENTS = np.geomspace(0.03, 3.0, 16)
+_GAMMAS = np.geomspace(0.3, 16.0, 6)  # bits
 _STARTS = 6
 
 
@@ -32,8 +37,10 @@ class Fit:
   """A law, or one a family, and what it was fitted to.
 
   Attributes:
+    kind: of law.
+    shared: constants that families have in common.
     points: the losses.
-    form: its terms with N and D in units of `units`.
+    form: the law's terms with N and D in `units`.
     theta: constants (P); those of E, A, B and gamma are logs.
     units: of N and of D: their geometric means, where constants correlate
       least.
@@ -41,6 +48,8 @@ class Fit:
     objective: its sum over runs.
   """
 
+  kind: Kind
+  shared: tuple[str, ...]
   points: Points
   form: Form
   theta: Array
@@ -64,7 +73,7 @@ class Fit:
     Raises:
       ValueError: each of several families has its own.
     """
-    if len(self.families) > 1 and self.form.bits_R is None:
+    if len(self.families) > 1 and self.kind != 'bits':
       raise ValueError(
         f'a fit of {", ".join(self.families)} has a law each: take .laws[...]'
       )
@@ -93,43 +102,35 @@ class Fit:
 
     In a joint fit a name is as `alpha[ternary]`, unless it is shared.
     """
-    _, theta = in_units(self, self.theta, parameters, tokens)
-    values = map(float, natural(self.form, theta))
-    return dict(zip(self.form.names, values, strict=True))
+    form, theta = in_units(self, self.theta, parameters, tokens)
+    values = map(float, natural(form, theta))
+    return dict(zip(form.names, values, strict=True))
 
 
 def chinchilla(
-  points: Points, *, shared: Collection[Shared] = (), delta: float = 1e-3
+  points: Points, *, shared: Collection[str] = (), delta: float = 1e-3
 ) -> Fit:
   """E + A / N^alpha + B / D^beta.
 
   Args:
     points: of one family or of several, each with constants of its own.
-    shared: constants that families have in common.
-    delta: of Huber's loss, in log losses; SQUARES is the more exact where no
-      run is an outlier.
+    shared: constants that families have in common: E, A, alpha, B, beta.
+    delta: of Huber's loss, in log losses. With Chinchilla's 1e-3, below the
+      noise of most runs, one odd run moves little; SQUARES has intervals
+      some 15 % narrower where none is odd.
 
   Raises:
     ValueError: the runs cannot tell the constants apart, or `shared` names
       none.
   """
-  if unknown := set(shared) - set(get_args(Shared)):
-    raise ValueError(
-      f'shared={sorted(unknown)}: constants are {get_args(Shared)}'
-    )
-  return _joint(points, ('E', 'A', 'alpha', 'B', 'beta'), shared, delta)
+  return _fit('chinchilla', points, shared, delta)
 
 
 def power_law(
-  points: Points,
-  *,
-  shared: Collection[Literal['E', 'A', 'alpha']] = (),
-  delta: float = SQUARES,
+  points: Points, *, shared: Collection[str] = (), delta: float = SQUARES
 ) -> Fit:
   """E + A / N^alpha, whatever the tokens; as `chinchilla`."""
-  if set(shared) - {'E', 'A', 'alpha'}:
-    raise ValueError(f'shared={sorted(shared)}: constants are E, A, alpha')
-  return _joint(points, ('E', 'A', 'alpha'), shared, delta)
+  return _fit('power', points, shared, delta)
 
 
 def in_bits(points: Points, *, delta: float = 1e-3) -> Fit:
@@ -138,168 +139,177 @@ def in_bits(points: Points, *, delta: float = 1e-3) -> Fit:
   Raises:
     ValueError: the runs are of one family, or as in `chinchilla`.
   """
-  families = dict.fromkeys(points.families)
-  if len(families) < 2:
+  if len(set(points.families)) < 2:
     raise ValueError(
-      f'runs of {", ".join(families)} alone say nothing of bits: add runs of '
-      'another family, or fit chinchilla'
+      f'runs of {", ".join(sorted(set(points.families)))} alone say nothing '
+      'of bits: add runs of another family, or fit chinchilla'
     )
-  refuse_what_no_law_fits(points, 6, tokens=True)
-  joint = chinchilla(points, shared=('E', 'alpha', 'B', 'beta'), delta=SQUARES)
-  bits_R = np.array([laws.BITS[family] for family in points.families])
-  names = ('E', 'A', 'alpha', 'B', 'beta')
-  plain = _form(points, names, names, joint.units)
-  design = np.concatenate(
-    [plain.design_RTP, np.zeros((*plain.design_RTP.shape[:2], 1))], -1
-  )
-  form = Form((*names, 'gamma'), design, bits_R)
-  at = dict(zip(joint.form.names, joint.theta, strict=True))
-  a = min(value for name, value in at.items() if name[0] == 'A')
-  starts = np.array(
-    [
-      [at['E'], a, at['alpha'], at['B'], at['beta'], log_gamma]
-      for log_gamma in np.log([0.3, 1.0, 2.0, 4.0, 8.0, 16.0])
-    ]
-  )
-  theta, value = _minimize(form, starts[None], np.log(points.losses), delta)
-  return Fit(points, form, theta[0], joint.units, delta, float(value[0]))
+  return _fit('bits', points, _CONSTANTS['bits'], delta)
+
+
+def again(fit: Fit, points: Points) -> Fit:
+  """The same kind of fit to other points; raises as it did."""
+  return _fit(fit.kind, points, fit.shared, fit.delta)
 
 
 def refit(fit: Fit, losses_KR: Array, weights_KR: Array | None = None) -> Array:
-  """Constants (K, P) of the same form for other losses of the same runs.
+  """Constants (K, P), in the fit's units, for other losses of its runs.
 
   Args:
     fit: where to start from.
     losses_KR: nats a token; one row stands for all.
     weights_KR: how often each run counts (default once).
   """
-  K = max(len(losses_KR), 1 if weights_KR is None else len(weights_KR))
   weights = np.ones((1, len(fit.points))) if weights_KR is None else weights_KR
-  return minimize_lib.minimize(
-    fit.form, np.tile(fit.theta, (K, 1)), np.log(losses_KR), weights, fit.delta
-  )[0]
+  start = np.tile(fit.theta, (max(len(losses_KR), len(weights)), 1))
+  return minimize(fit.form, start, np.log(losses_KR), weights, fit.delta)[0]
+
+
+def form_at(fit: Fit, points: Points) -> Form:
+  """The fit's form at its own runs and then at other points.
+
+  Raises:
+    ValueError: a point is of a family that the fit does not know.
+  """
+  known = set(laws.BITS) if fit.kind == 'bits' else set(fit.families)
+  if unknown := set(points.families) - known:
+    raise ValueError(
+      f'family {sorted(unknown)} is not of this fit, of {sorted(known)}'
+    )
+  return _form(fit.kind, fit.points.and_then(points), fit.shared, fit.units)
 
 
 def in_units(
   fit: Fit, theta: Array, parameters: float, tokens: float
 ) -> tuple[Form, Array]:
   """The form and theta (..., P) of a fit with N and D in other units."""
-  theta, design = np.array(theta), fit.form.design_RTP.copy()
-  names = fit.form.names
-  for exponent, coefficient, unit, old in (
-    ('alpha', 'A', parameters, fit.units[0]),
-    ('beta', 'B', tokens, fit.units[1]),
+  form = _form(fit.kind, fit.points, fit.shared, (parameters, tokens))
+  theta, names = np.array(theta), form.names
+  for exponent, coefficient, shift in (
+    ('alpha', 'A', np.log(fit.units[0] / parameters)),
+    ('beta', 'B', np.log(fit.units[1] / tokens)),
   ):
-    shift = np.log(old / unit)
     for n, name in enumerate(names):
-      if name.partition('[')[0] != coefficient:
-        continue
-      of = _column(names, exponent, name)
-      theta[..., n] += shift * theta[..., of]
-      here = design[:, :, n] != 0
-      design[:, :, of][here] -= shift
-  return dataclasses.replace(fit.form, design_RTP=design), theta
+      if name.partition('[')[0] == coefficient:
+        theta[..., n] += shift * theta[..., _column(names, exponent, name)]
+  return form, theta
 
 
 def natural(form: Form, theta: Array) -> Array:
   """Constants (..., P) as laws have them, from theta."""
   logs = [not name.startswith(('alpha', 'beta')) for name in form.names]
-  return np.where(logs, np.exp(theta), theta)
+  return np.where(logs, np.exp(np.where(logs, theta, 0)), theta)
 
 
 def law_of(fit: Fit, theta: Array, family: str) -> Law:
   """The law of a family whose constants are theta (P) in the fit's units."""
   form, theta = in_units(fit, theta, 1.0, 1.0)
-  values = dict(zip(form.names, map(float, natural(form, theta)), strict=True))
+  value = natural(form, theta)
   own = {
-    name: values.get(name, values.get(f'{name}[{family}]'))
-    for name in ('E', 'A', 'alpha', 'B', 'beta')
+    name: float(value[_column(form.names, name, f'[{family}]')])
+    for name in _CONSTANTS[fit.kind]
   }
-  own = {name: value for name, value in own.items() if value is not None}
   counted = fit.points.counted
-  if 'B' not in own:
+  if fit.kind == 'power':
     return laws.PowerLaw(**own, counted=counted)
+  gamma = own.pop('gamma', None)
   law = laws.ChinchillaLaw(**own, counted=counted)
-  return laws.BitsLaw(law, values['gamma']) if 'gamma' in values else law
+  return law if gamma is None else laws.BitsLaw(law, gamma)
 
 
-def _joint(
-  points: Points, names: tuple[str, ...], shared: Collection[str], delta: float
+def _fit(
+  kind: Kind, points: Points, shared: Collection[str], delta: float
 ) -> Fit:
-  """The form of the names, each family's own but for the shared."""
+  names = _CONSTANTS[kind]
+  if unknown := set(shared) - set(names):
+    raise ValueError(f'shared={sorted(unknown)}: constants are {names}')
   if not delta > 0:
     raise ValueError(f'delta={delta} must be > 0 (SQUARES for least squares)')
-  families = tuple(dict.fromkeys(points.families))
-  for family in families:
-    own = [name for name in names if name not in shared]
-    if 'alpha' in own or 'beta' in own:
-      refuse_what_no_law_fits(
-        points.of_families({family}), len(own), tokens='beta' in own
-      )
+  tokens = 'B' in names
+  own = [name for name in names if name not in shared]
+  families = list(dict.fromkeys(points.families))
+  if len(families) > 1 and {'alpha', 'beta'} & set(own):
+    for family in families:
+      part = points.of_families({family})
+      refuse_what_no_law_fits(part, len(own), tokens='beta' in own)
+  units = _middle(points.parameters), _middle(points.tokens) if tokens else 1.0
+  form = _form(kind, points, shared, units)
+  refuse_what_no_law_fits(points, len(form.names), tokens)
   y_R = np.log(points.losses)
-  centre = [float(np.exp(np.mean(np.log(points.parameters)))), 1.0]
-  if 'B' in names:
-    centre[1] = float(np.exp(np.mean(np.log(points.tokens))))
-  units = (centre[0], centre[1])
-  form = _form(points, names, shared, units)
-  refuse_what_no_law_fits(points, len(form.names), tokens='B' in names)
-  theta_SP = np.zeros((1, _STARTS, len(form.names)))
-  count = np.zeros(len(form.names))
-  for family in families:
-    mask = np.array([each == family for each in points.families])
-    own = _starts(points.take(mask), 'B' in names, units, y_R[None, mask])
-    for n, name in enumerate(names):
-      column = _column(form.names, name, f'[{family}]')
-      theta_SP[:, :, column] += own[:, :, n]
-      count[column] += 1
-  theta, value = _minimize(form, theta_SP / count, y_R, delta)
-  return Fit(points, form, theta[0], units, delta, float(value[0]))
+  starts = _starts(kind, points, form, units)
+  theta, value = _best(form, starts, y_R, delta)
+  shared = tuple(name for name in names if name in shared)
+  return Fit(kind, shared, points, form, theta, units, delta, value)
+
+
+def _middle(values_R: Array) -> float:
+  return float(np.exp(np.mean(np.log(values_R))))
 
 
 def _column(names: tuple[str, ...], name: str, like: str) -> int:
-  """Where a constant is: shared, or of the family that `like` ends with."""
+  """Where a constant is: of all, or of the family that `like` ends with."""
   return names.index(name if name in names else name + like[like.find('[') :])
 
 
 def _form(
+  kind: Kind,
   points: Points,
-  names: tuple[str, ...],
   shared: Collection[str],
   units: tuple[float, float],
 ) -> Form:
-  families = tuple(dict.fromkeys(points.families))
-  every = [
-    name if name in shared or len(families) == 1 else f'{name}[{family}]'
+  names = _CONSTANTS[kind]
+  families = list(dict.fromkeys(points.families))
+  one = len(families) == 1
+  every = tuple(dict.fromkeys(
+    name if name in shared or one else f'{name}[{family}]'
     for name in names
     for family in families
-  ]
-  every = tuple(dict.fromkeys(every))
-  design = np.zeros((len(points), 3 if 'B' in names else 2, len(every)))
-  slope = {
-    'E': (0, np.ones(len(points))),
-    'A': (1, np.ones(len(points))),
+  ))  # fmt: skip
+  ones = np.ones(len(points))
+  terms = {
+    'E': (0, ones),
+    'A': (1, ones),
     'alpha': (1, -np.log(points.parameters / units[0])),
-    'B': (2, np.ones(len(points))),
+    'B': (2, ones),
     'beta': (2, -np.log(points.tokens / units[1])),
   }
-  for name in names:
-    term, value = slope[name]
+  design = np.zeros((len(points), 3 if 'B' in names else 2, len(every)))
+  for name in names[:5]:
+    term, value_R = terms[name]
     for family in families:
       mask = np.array([each == family for each in points.families])
       column = _column(every, name, f'[{family}]')
-      design[mask, term, column] = value[mask]
-  return Form(every, design)
+      design[mask, term, column] = value_R[mask]
+  bits = [laws.BITS.get(family, np.nan) for family in points.families]
+  return Form(every, design, np.array(bits) if kind == 'bits' else None)
 
 
 def _starts(
-  points: Points, tokens: bool, units: tuple[float, float], y_KR: Array
+  kind: Kind, points: Points, form: Form, units: tuple[float, float]
 ) -> Array:
-  """The best of a grid of exponents (K, S, P), for one family.
+  """Starts (S, P): of each family, the mean of families where shared."""
+  total = np.zeros((_STARTS, len(form.names)))
+  count = np.zeros(len(form.names))
+  for family in dict.fromkeys(points.families):
+    own = _grid(points.of_families({family}), kind != 'power', units)
+    for n, name in enumerate(_CONSTANTS[kind][: own.shape[1]]):
+      column = _column(form.names, name, f'[{family}]')
+      total[:, column] += own[:, n]
+      count[column] += 1
+  starts = total / np.maximum(count, 1)
+  if kind == 'bits':
+    starts = np.repeat(starts, len(_GAMMAS), axis=0)
+    starts[:, -1] = np.tile(np.log(_GAMMAS), _STARTS)
+  return starts
 
-  Differences of losses over the loss are those of logs to first order, and
-  linear in E, A and B.
+
+def _grid(points: Points, tokens: bool, units: tuple[float, float]) -> Array:
+  """The best (S, P) of a grid of exponents, for one family.
+
+  Losses over a loss differ as their logs do, to first order, and are linear
+  in E, A and B.
   """
-  x_R = np.log(points.parameters / units[0])
+  x_R, y_R = np.log(points.parameters / units[0]), np.log(points.losses)
   alpha, beta = (
     each.ravel()
     for each in np.meshgrid(
@@ -310,36 +320,29 @@ def _starts(
   if tokens:
     columns.append(np.exp(-beta[:, None] * np.log(points.tokens / units[1])))
   basis = np.stack(columns, -1)  # (grid, R, terms)
-  loss_KR = np.exp(y_KR)
-  inverse = np.linalg.pinv(basis / loss_KR.mean(0)[:, None])
-  found = np.einsum('gtr,kr->kgt', inverse, loss_KR / loss_KR.mean(0))
-  # A term cannot be negative; where the best is, let it be small.
-  found = np.maximum(found, 1e-3 * loss_KR.mean())
-  residual = np.log(np.einsum('grt,kgt->kgr', basis, found)) - y_KR[:, None]
-  best = np.argsort((residual**2).sum(-1))[:, :_STARTS]
-  log = np.log(np.take_along_axis(found, best[..., None], 1))
-  theta = [log[..., 0], log[..., 1], alpha[best]]
+  inverse = np.linalg.pinv(basis / points.losses[:, None])
+  # A term cannot be negative; where it is best so, let it be small.
+  found = np.maximum(inverse.sum(-1), 1e-3 * points.losses.mean())
+  residual = np.log(np.einsum('grt,gt->gr', basis, found)) - y_R
+  best = np.argsort((residual**2).sum(-1))[:_STARTS]
+  log = np.log(found[best])
+  theta = [log[:, 0], log[:, 1], alpha[best]]
   if tokens:
-    theta += [log[..., 2], beta[best]]
+    theta += [log[:, 2], beta[best]]
   return np.stack(theta, -1)
 
 
-def _minimize(
-  form: Form, starts_KSP: Array, y_KR: Array, delta: float
-) -> tuple[Array, Array]:
-  """The best minimum (K, P) from S starts for each of K problems.
+def _best(
+  form: Form, starts_SP: Array, y_R: Array, delta: float
+) -> tuple[Array, float]:
+  """The least minimum (P) from S starts.
 
   Least squares go first: Huber's loss with a delta below the noise has kinks
   all over.
   """
-  K, S, P = starts_KSP.shape
-  y_KR = np.repeat(np.broadcast_to(y_KR, (K, len(form.design_RTP))), S, axis=0)
-  ones = np.ones((1, y_KR.shape[1]))
-  theta, value = minimize_lib.minimize(
-    form, starts_KSP.reshape(-1, P), y_KR, ones, SQUARES
-  )
+  ones = np.ones((1, len(y_R)))
+  theta, value = minimize(form, starts_SP, y_R[None], ones, SQUARES)
   if delta < SQUARES:
-    theta, value = minimize_lib.minimize(form, theta, y_KR, ones, delta)
-  best = value.reshape(K, S).argmin(-1)
-  pick = np.arange(K) * S + best
-  return theta[pick], value[pick]
+    theta, value = minimize(form, theta, y_R[None], ones, delta)
+  best = value.argmin()
+  return theta[best], float(value[best])

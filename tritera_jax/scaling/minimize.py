@@ -46,13 +46,14 @@ class Form:
 
   def terms(self, theta_KP: Array) -> tuple[Array, Array]:
     """Log terms (K, R, T) and their derivatives (1 or K, R, T, P)."""
-    log_KRT = np.einsum('rtp,kp->krt', self.design_RTP, theta_KP)
-    slope = self.design_RTP[None]
+    design = self.design_RTP
+    log_KRT = theta_KP @ design.reshape(-1, design.shape[-1]).T
+    log_KRT = log_KRT.reshape(-1, *design.shape[:2])
+    slope = design[None]
     if self.bits_R is None:
       return log_KRT, slope
     alpha = self.names.index('alpha')
-    ratio_KR = self.bits_R / np.exp(theta_KP[:, -1:])
-    ratio_KR = np.clip(ratio_KR, 1e-9, 500.0)
+    ratio_KR = np.clip(self.bits_R / np.exp(theta_KP[:, -1:]), 1e-9, 500.0)
     capacity_KR = np.log(-np.expm1(-ratio_KR))
     log_KRT[:, :, 1] -= theta_KP[:, alpha, None] * capacity_KR
     slope = np.repeat(slope, len(theta_KP), axis=0)
@@ -67,23 +68,22 @@ class Form:
     return np.logaddexp.reduce(self.terms(theta_KP)[0], axis=-1)
 
 
-def huber(residual: Array, delta: float) -> Array:
+def huber(residual: Array, delta: float | Array) -> Array:
   """r^2 / 2 up to delta, delta (|r| - delta / 2) beyond."""
   size = np.abs(residual)
-  if np.isinf(delta):
-    return size**2 / 2
-  return np.where(size <= delta, size**2 / 2, delta * (size - delta / 2))
+  inside = np.minimum(size, delta)
+  return inside * (size - inside / 2)
 
 
 def objective(
-  form: Form, theta_KP: Array, y_KR: Array, w_KR: Array, delta: float
+  form: Form, theta_KP: Array, y_KR: Array, w_KR: Array, delta: float | Array
 ) -> Array:
   """What is minimised, (K,)."""
   return (w_KR * huber(form.log_loss(theta_KP) - y_KR, delta)).sum(-1)
 
 
 def derivatives(
-  form: Form, theta_KP: Array, y_KR: Array, w_KR: Array, delta: float
+  form: Form, theta_KP: Array, y_KR: Array, w_KR: Array, delta: float | Array
 ) -> tuple[Array, Array, Array]:
   """The objective's gradient (K, P), Hessian (K, P, P), and its scale (K, P).
 
@@ -95,7 +95,7 @@ def derivatives(
   total_KR = share_KRT.sum(-1)
   residual_KR = np.log(total_KR) + log_KRT.max(-1) - y_KR
   share_KRT /= total_KR[..., None]
-  g_KRP = (share_KRT[..., None] * slope).sum(-2)
+  g_KRP = np.matmul(share_KRT[:, :, None], slope)[:, :, 0]
   pull_KR = w_KR * np.clip(residual_KR, -delta, delta)
   curve_KR = w_KR * (np.abs(residual_KR) <= delta)
   grad_KP = np.einsum('kr,krp->kp', pull_KR, g_KRP)
@@ -121,7 +121,7 @@ def minimize(
   theta_KP: Array,
   y_KR: Array,
   w_KR: Array,
-  delta: float,
+  delta: float | Array,
   free_KP: NDArray[np.bool_] | None = None,
 ) -> tuple[Array, Array]:
   """The least objective near each start.
@@ -131,7 +131,8 @@ def minimize(
     theta_KP: starts.
     y_KR: log losses; one row stands for all.
     w_KR: weights of runs; one row stands for all.
-    delta: of Huber's loss; inf gives least squares.
+    delta: of Huber's loss, of all runs or of each (R); inf gives least
+      squares.
     free_KP: constants that may move (default all).
 
   Returns:

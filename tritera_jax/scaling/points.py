@@ -91,6 +91,26 @@ class Points:
       losses=self.losses[index],
     )
 
+  def and_then(self, more: Self) -> Self:
+    """These, and then others.
+
+    Raises:
+      ValueError: they count other parameters.
+    """
+    if more.counted != self.counted:
+      raise ValueError(
+        f'N counts parameters {more.counted!r} here and {self.counted!r} '
+        'there: count them alike'
+      )
+    return dataclasses.replace(
+      self,
+      names=self.names + more.names,
+      families=self.families + more.families,
+      parameters=np.append(self.parameters, more.parameters),
+      tokens=np.append(self.tokens, more.tokens),
+      losses=np.append(self.losses, more.losses),
+    )
+
   def of_families(self, families: Collection[str]) -> Self:
     """Those of some families."""
     return self.take([family in families for family in self.families])
