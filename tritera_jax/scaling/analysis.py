@@ -9,9 +9,10 @@ from typing import Any, Literal
 import numpy as np
 
 from tritera_jax import pictures
+from tritera_jax.scaling import checks, intervals, laws, plan, readings
 from tritera_jax.scaling import families as families_lib
 from tritera_jax.scaling import fit as fit_lib
-from tritera_jax.scaling import intervals, laws, plan, readings
+from tritera_jax.scaling.checks import HeldOut, LackOfFit, LeftOut
 from tritera_jax.scaling.costs import Serving, Shapes
 from tritera_jax.scaling.families import Compared
 from tritera_jax.scaling.fit import Fit
@@ -61,6 +62,9 @@ class Analysis:
     constants: of each fit, N in millions and D in billions, with intervals.
     refused: why a law was not fitted, by its name.
     families: laws of options.counted, with draws.
+    lack_of_fit: of each family; None without repeats.
+    held_out: of each family by 'parameters' and by 'tokens'; or why not.
+    left_out: of each family.
     readings: of each family, at its largest run.
     frontiers: FLOPs (C,) and the best N of law and draws (1 + K, C).
     largest_tokens: D at which families are compared.
@@ -78,6 +82,9 @@ class Analysis:
   constants: dict[Counted, dict[str, dict[str, Interval]]]
   refused: dict[str, str]
   families: dict[str, Fitted]
+  lack_of_fit: dict[str, LackOfFit | None]
+  held_out: dict[str, dict[str, HeldOut | str]]
+  left_out: dict[str, LeftOut]
   readings: dict[str, Readings]
   frontiers: dict[str, tuple[Array, Array]]
   largest_tokens: float
@@ -95,7 +102,7 @@ def analyse(
   runs: Sequence[Run],
   options: Options = Options(),
   serving: Serving = Serving(),
-  budget: Budget | None = None,
+  budget: Budget = Budget(),
 ) -> Analysis:
   """Fits every law that the runs allow and asks what it says.
 
@@ -125,6 +132,7 @@ def analyse(
       'no law can be fitted: '
       + '; '.join(f'{name}: {why}' for name, why in refused.items())
     )
+  primary = {name: fits[options.counted][name] for name in families}
   shapes = Shapes.of_runs(runs, options.counted)
   largest_tokens = float(max(points.tokens))
   pair = {n: families[n] for n in ('ternary', 'float') if n in families}
@@ -139,6 +147,9 @@ def analyse(
     constants,
     refused,
     families,
+    {name: checks.lack_of_fit(fit) for name, fit in primary.items()},
+    {name: _held_out(fit) for name, fit in primary.items()},
+    {name: checks.leave_one_out(fit) for name, fit in primary.items()},
     {name: _readings(fitted) for name, fitted in families.items()},
     {name: _frontier(fitted, shapes) for name, fitted in families.items()},
     largest_tokens,
@@ -192,6 +203,16 @@ def _fitted(fit: Fit, options: Options) -> Fitted:
   )
 
 
+def _held_out(fit: Fit) -> dict[str, HeldOut | str]:
+  held: dict[str, HeldOut | str] = {}
+  for axis in ('parameters', 'tokens'):
+    try:
+      held[axis] = checks.held_out(fit, axis, level=plan.LEVEL)
+    except ValueError as error:
+      held[axis] = str(error)
+  return held
+
+
 def _readings(fitted: Fitted) -> Readings:
   law: Any = fitted.law
   draws: Any = fitted.draws
@@ -213,7 +234,7 @@ def _budgets(
   families: Mapping[str, Fitted],
   shapes: Shapes,
   serving: Serving,
-  asked: Budget | None,
+  asked: Budget,
 ) -> list[tuple[str, Budget]]:
   """What a plan is made for, in words: more compute, equal bytes and energy."""
   of_run = shapes.flops_per_token(points.parameters) * points.tokens
@@ -239,4 +260,4 @@ def _budgets(
       ),
     ),
   ]
-  return budgets + ([('as asked', asked)] if asked else [])
+  return budgets + ([('what was asked', asked)] if asked != Budget() else [])

@@ -115,12 +115,6 @@ class Budget:
         f'training_flops={self.training_flops:g} and gpu_days={self.gpu_days:g}'
         ' are the same limit twice: give one'
       )
-    serving = self.served_bytes is not None or self.joules_per_token is not None
-    if self.flops == np.inf and not (serving and self.tokens):
-      raise ValueError(
-        'a budget needs training_flops or gpu_days, or tokens with '
-        'served_bytes or joules_per_token: else N or D has no bound'
-      )
 
   @property
   def flops(self) -> float:
@@ -167,8 +161,15 @@ def best(
   """The best model of each family within a budget, the best family first.
 
   Raises:
-    ValueError: no model is so small.
+    ValueError: the budget leaves N or D without a bound, or no model is so
+      small.
   """
+  serves = (budget.served_bytes, budget.joules_per_token) != (None, None)
+  if budget.flops == np.inf and not (serves and budget.tokens):
+    raise ValueError(
+      'a budget needs training_flops or gpu_days, or tokens with '
+      'served_bytes or joules_per_token: else N or D has no bound'
+    )
   found = {}
   for family, fitted in families.items():
     largest = _largest(family, budget, shapes, serving)
