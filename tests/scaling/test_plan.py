@@ -54,7 +54,7 @@ def brute_force(law, *, flops=np.inf, tokens=np.inf, allowed, grown):
 
 @pytest.mark.parametrize('law', [TRILM, FLOATLM])
 def test_budgets_are_kept_together_as_brute_force_finds(law):
-  shapes = Shapes('without_embeddings', Growth(2e4, 0.45), Growth(40.0, 0.9))
+  shapes = Shapes('without_embeddings', Growth(2e4, 0.45), 6.0, 3.0)
 
   def head(N):
     return 2e4 * N**0.45
@@ -82,7 +82,7 @@ def test_budgets_are_kept_together_as_brute_force_finds(law):
       flops=budget.flops,
       tokens=budget.tokens or np.inf,
       allowed=allowed,
-      grown=lambda N: 40 * N**0.9,
+      grown=lambda N: 6 * N + 3 * head(N),
     )
     assert choice.loss.estimate == pytest.approx(loss, abs=2e-3)
     assert choice.loss.estimate <= loss + 1e-9

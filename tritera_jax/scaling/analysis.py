@@ -23,8 +23,8 @@ from tritera_jax.scaling.points import Noise, Points, seed_noise
 from tritera_jax.scaling.readings import Readings
 from tritera_jax.scaling.runs import Run
 
-_SHARED_E = 'all families, one E'
-_BITS = 'all families, in bits'
+SHARED_E = 'one E for all'
+IN_BITS = 'one law in bits'
 
 
 @dataclasses.dataclass(frozen=True)
@@ -167,23 +167,28 @@ def _fits(
   points: Points, delta: float
 ) -> tuple[dict[str, Fit], dict[str, str]]:
   """By name; and why others were refused."""
-  makers: dict[str, Callable[[], Fit]] = {
-    family: functools.partial(
-      fit_lib.chinchilla, points.of_families({family}), delta=delta
-    )
-    for family in dict.fromkeys(points.families)
-  }
-  if len(makers) > 1:
-    makers[_SHARED_E] = functools.partial(
-      fit_lib.chinchilla, points, shared=('E',), delta=delta
-    )
-    makers[_BITS] = functools.partial(fit_lib.in_bits, points, delta=delta)
   fits, refused = {}, {}
-  for name, make in makers.items():
+
+  def attempt(name: str, make: Callable[[], Fit]):
     try:
       fits[name] = make()
     except ValueError as error:
       refused[name] = str(error)
+
+  for family in dict.fromkeys(points.families):
+    own = points.of_families({family})
+    attempt(family, functools.partial(fit_lib.chinchilla, own, delta=delta))
+  if len(fits) > 1:
+    all_of_them = points.of_families(set(fits))
+    attempt(
+      SHARED_E,
+      functools.partial(
+        fit_lib.chinchilla, all_of_them, shared=('E',), delta=delta
+      ),
+    )
+    attempt(
+      IN_BITS, functools.partial(fit_lib.in_bits, all_of_them, delta=delta)
+    )
   return fits, refused
 
 

@@ -7,6 +7,7 @@ import functools
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
+from scipy import optimize
 
 from tritera_jax.scaling.laws import Counted
 from tritera_jax.scaling.runs import Run
@@ -53,15 +54,23 @@ class Growth:
 class Shapes:
   """How the models of a law grow.
 
+  FLOPs of training a token are a sum over parameters, so that 6 N is kept to
+  beyond the runs: a power law through small models, whose head weighs much,
+  would fall short of it.
+
   Attributes:
     counted: the parameters that are N.
     embeddings: parameters of embedding and head, by those of the rest.
-    flops_per_token: of training, forward and backward, by N.
+    flops_per_body: FLOPs of training a token, for each parameter of the rest.
+    flops_per_embedding: for each of embedding and head; attention is in both.
+    worst: the largest relative difference of FLOPs from those of the runs.
   """
 
   counted: Counted
   embeddings: Growth = Growth(0.0, 1.0)
-  flops_per_token: Growth = Growth(6.0, 1.0)
+  flops_per_body: float = 6.0
+  flops_per_embedding: float = 0.0
+  worst: float = 0.0
 
   @classmethod
   def of_runs(cls, runs: Iterable[Run], counted: Counted) -> 'Shapes':
@@ -69,13 +78,15 @@ class Shapes:
     runs = list(runs)
     body = np.array([run.parameters_without_embeddings for run in runs], float)
     total = np.array([run.parameters for run in runs], float)
+    flops = np.array([run.flops / run.tokens for run in runs])
+    parts = np.stack([body, total - body], -1)
+    each, _ = optimize.nnls(parts / flops[:, None], np.ones(len(runs)))
     return cls(
       counted,
       Growth.through(body, total - body),
-      Growth.through(
-        total if counted == 'all' else body,
-        [run.flops / run.tokens for run in runs],
-      ),
+      float(each[0]),
+      float(each[1]),
+      float(np.max(np.abs(parts @ each / flops - 1))),
     )
 
   @functools.cached_property
@@ -83,6 +94,11 @@ class Shapes:
     """N at each size of the table."""
     extra = self.embeddings(_BODY) if self.counted == 'all' else 0.0
     return _BODY + extra
+
+  @property
+  def largest(self) -> float:
+    """N at the end of the table."""
+    return float(self._counted[-1])
 
   def body(self, parameters: ArrayLike) -> Array:
     """Parameters without embeddings of models of N."""
@@ -95,8 +111,14 @@ class Shapes:
     body = self.body(parameters)
     return body + self.embeddings(body)
 
+  def flops_per_token(self, parameters: ArrayLike) -> Array:
+    """FLOPs of training models of N, forward and backward."""
+    body = self.body(parameters)
+    head = self.flops_per_embedding * self.embeddings(body)
+    return self.flops_per_body * body + head
+
   def invert(self, cost: Callable[[Array], Array], limit: ArrayLike) -> Array:
-    """The largest N whose rising cost keeps to a limit."""
+    """The largest N, to 1e18, whose rising cost keeps to a limit."""
     return _between(limit, cost(self._counted), self._counted)
 
 
@@ -166,7 +188,5 @@ class Serving:
 
 
 def _between(x: ArrayLike, xs: Array, ys: Array) -> Array:
-  """Interpolates logarithms in a table; 0 before it, inf after it."""
-  return np.exp(
-    np.interp(np.log(x), np.log(xs), np.log(ys), left=-np.inf, right=np.inf)
-  )
+  """Interpolates logarithms in a table; 0 before it, its last after it."""
+  return np.exp(np.interp(np.log(x), np.log(xs), np.log(ys), left=-np.inf))

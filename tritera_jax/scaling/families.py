@@ -24,7 +24,8 @@ class Crossing:
     loss: nats a token there.
     before: the family with the lower loss before it, or all along.
     after: the one after it.
-    share: of draws that cross at all; that of `at`'s interval.
+    share: of draws that cross at all, which `at`'s interval is of.
+    count: crossings of the best fit; `before` is since the last but one.
   """
 
   at: Interval | None
@@ -32,6 +33,7 @@ class Crossing:
   before: str
   after: str
   share: float
+  count: int
 
 
 def crossing(grows: Array, losses: Mapping[str, Array]) -> Crossing:
@@ -51,7 +53,7 @@ def crossing(grows: Array, losses: Mapping[str, Array]) -> Crossing:
   names = {True: one, False: other}
   if at is None:
     lower = names[bool(apart[0, -1] < 0)]
-    return Crossing(None, None, lower, lower, _share(found, roots))
+    return Crossing(None, None, lower, lower, _share(found, roots), 0)
   after = names[bool(apart[0, x > at][0] < 0)]
   return Crossing(
     interval(np.exp([at, *found])),
@@ -59,6 +61,7 @@ def crossing(grows: Array, losses: Mapping[str, Array]) -> Crossing:
     other if after == one else one,
     after,
     _share(found, roots),
+    len(_changes(apart[0])),
   )
 
 
@@ -66,8 +69,12 @@ def _share(found: list, roots: list) -> float:
   return len(found) / max(len(roots) - 1, 1)
 
 
+def _changes(y: Array) -> Array:
+  return np.flatnonzero(np.signbit(y[1:]) != np.signbit(y[:-1]))
+
+
 def _last_root(x: Array, y: Array) -> float | None:
-  changes = np.flatnonzero(np.signbit(y[1:]) != np.signbit(y[:-1]))
+  changes = _changes(y)
   if not len(changes):
     return None
   k = changes[-1]

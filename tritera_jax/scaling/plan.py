@@ -203,26 +203,19 @@ def best(
 
 def frontier(fitted: Fitted, shapes: Shapes, flops: Array) -> Array:
   """The best N for training FLOPs (C,), of the law and each draw (1 + K, C)."""
-  largest = _trainable(flops, shapes)
   return np.array(
     [
-      _best(law, largest, flops, None, shapes)[0]
+      _best(law, shapes.largest, flops, None, shapes)[0]
       for law in (fitted.law, *fitted.draws)
     ]
   )
-
-
-def _trainable(flops: ArrayLike, shapes: Shapes) -> Array:
-  """The largest N that sees one token, the least that a run sees."""
-  growth = shapes.flops_per_token
-  return (np.asarray(flops) / growth.coefficient) ** (1 / growth.exponent)
 
 
 def _largest(
   family: str, budget: Budget, shapes: Shapes, serving: Serving
 ) -> float:
   """N that a budget allows at all."""
-  limits = [float(_trainable(budget.flops, shapes))]
+  limits = [shapes.largest]
   for limit, cost in (
     (budget.served_bytes, serving.bytes),
     (budget.joules_per_token, serving.joules_per_token),
@@ -237,18 +230,18 @@ def _largest(
 
 def _best(
   law: Law,
-  largest: ArrayLike,
+  largest: float,
   flops: ArrayLike,
   most_tokens: float | None,
   shapes: Shapes,
 ) -> tuple[Array, Array, Array]:
-  """N, D and the loss (C,) at the least loss within limits (C,).
+  """N, D and the loss (C,) at the least loss for training FLOPs (C,).
 
   By grids of log N, each finer than the last: to 1e-6 of its range.
   """
   flops = np.reshape(flops, (-1, 1))
   low = np.zeros_like(flops, float)
-  high = np.broadcast_to(np.reshape(np.log(largest), (-1, 1)), low.shape)
+  high = np.full_like(low, np.log(largest))
   for _ in range(5):
     N = np.exp(low + np.linspace(0, 1, 49) * (high - low))
     D = flops / shapes.flops_per_token(N)

@@ -1,35 +1,25 @@
 # SPDX-License-Identifier: Apache-2.0
 """A report in words and tables, of an `analysis.Analysis`."""
 
-from collections.abc import Iterable, Sequence
 import dataclasses
-import math
-
-import numpy as np
 
 from tritera_jax.pictures import short
-from tritera_jax.scaling import families, plan
+from tritera_jax.scaling import families, markdown, plan, trust
 from tritera_jax.scaling.analysis import Analysis
 from tritera_jax.scaling.intervals import Interval
 from tritera_jax.scaling.plan import Choice
 from tritera_jax.scaling.readings import Readings
 
 _COUNTED = {'all': 'all', 'without_embeddings': 'without embeddings'}
-_PICTURES = {
-  'tokens': 'Loss against tokens. Dashed: beyond the runs.',
-  'parameters': 'Loss against parameters.',
-  'compute': 'Loss by law, and the best size for each compute.',
-  'residuals': 'What the laws miss.',
-  'families': 'Families at equal parameters and at equal bytes served.',
-}
 
 
 def report(analysis: Analysis, digest: str) -> str:
   """The whole of report.md."""
   sections = [
     ('# Scaling laws of this table', _head(analysis, digest)),
+    ('## In short', _short(analysis)),
     ('## Data or parameters', _data_or_parameters(analysis)),
-    ('## How far to trust it', _trust(analysis)),
+    ('## How far to trust it', trust.section(analysis)),
     ('## Laws', _laws(analysis)),
     ('## Ternary against float', _families(analysis)),
     ('## What to train next', _plans(analysis)),
@@ -51,11 +41,11 @@ def _head(analysis: Analysis, digest: str) -> str:
         family,
         len(own),
         len({run.seed for run in own}),
-        *map(_span, (sizes, bodies, tokens)),
+        *map(markdown.span, (sizes, bodies, tokens)),
         f'{max(losses):.3f} to {min(losses):.3f}',
       ]
     )
-  table = _table(
+  table = markdown.table(
     [
       'family', 'runs', 'seeds', 'N, all', 'N, without embeddings', 'D',
       'held-out loss (nats a token)',
@@ -68,22 +58,43 @@ def _head(analysis: Analysis, digest: str) -> str:
     f'{plan.LEVEL:.0%}: of constants by profile likelihood, of all else by '
     f'{analysis.options.draws} bootstrap draws of {analysis.options.resample}.'
     f' N is counted {_COUNTED[analysis.options.counted]} unless it is said '
-    f'otherwise.\n\n{table}\n\n{_picture("tokens")}\n\n{_picture("parameters")}'
+    f'otherwise.\n\n{table}\n\n{markdown.picture("tokens")}\n\n{markdown.picture("parameters")}'
   )
+
+
+def _short(analysis: Analysis) -> str:
+  words = [_verdict(*each) for each in analysis.readings.items()]
+  for what, compared in analysis.compared.items():
+    within = [row for row in compared.rows if row.beyond < 1.001]
+    if within:
+      last = within[-1]
+      words.append(
+        f'* At equal {what}, {short(last.at)} of them and '
+        f'{short(analysis.largest_tokens)} tokens, ternary has the lower loss '
+        f'in {last.wins:.0%} of draws.'
+      )
+  for family in analysis.families:
+    doubts = trust.doubts(analysis, family)
+    words.append(
+      f'* Trust in the law of {family}: '
+      + ('; '.join(doubts) or 'within the runs nothing speaks against it')
+      + '.'
+    )
+  return '\n'.join(words)
 
 
 def _data_or_parameters(analysis: Analysis) -> str:
   rows = [
     [
       family,
-      *map(_interval, (said.ratio, said.parameters_exponent)),
-      *map(_interval, (said.gain_of_parameters, said.gain_of_tokens)),
-      *map(_interval, (said.double_parameters, said.double_tokens)),
+      *map(markdown.interval, (said.ratio, said.parameters_exponent)),
+      *map(markdown.interval, (said.gain_of_parameters, said.gain_of_tokens)),
+      *map(markdown.interval, (said.double_parameters, said.double_tokens)),
       f'{said.share_for_parameters:.0%}',
     ]
     for family, said in analysis.readings.items()
   ]
-  table = _table(
+  table = markdown.table(
     [
       'family', 'beta / alpha', 'p of N ~ C^p', '-dL/dlogN', '-dL/dlogD',
       'gain of 2 N', 'gain of 2 D', 'draws in which N gains more',
@@ -101,8 +112,7 @@ def _data_or_parameters(analysis: Analysis) -> str:
     '= 6 N D the best N grows as C^(beta / (alpha + beta)), and what helps '
     'more depends on where one is. Gains are nats a token at the largest N '
     f'and D of the runs ({points}).\n\n{table}\n\n'
-    + '\n'.join(_verdict(*each) for each in analysis.readings.items())
-    + f'\n\n{_picture("compute")}'
+    + markdown.picture('compute')
   )
 
 
@@ -132,116 +142,29 @@ def _sides(interval: Interval, at: float, above: str, below: str) -> str | None:
   return None
 
 
-def _trust(analysis: Analysis) -> str:
-  words = [_noise(analysis)]
-  rows = []
-  for family, fit in analysis.primary.items():
-    lack = analysis.lack_of_fit[family]
-    effect = np.ptp(np.log(fit.points.losses))
-    rows.append(
-      [
-        family,
-        f'{fit.noise:.2%}',
-        f'{np.max(np.abs(fit.residuals)):.2%}',
-        '-' if lack is None else f'{lack.ratio:.2g} (p = {lack.p:.2g})',
-        '-'
-        if analysis.noise is None
-        else f'{effect / analysis.noise.relative:.0f}',
-      ]
-    )
-  words.append(
-    _table(
-      [
-        'family',
-        'residuals (sd)',
-        'largest residual',
-        'variance about the law over that of seeds',
-        'spread of log loss over the sd of seeds',
-      ],
-      rows,
-    )
-  )
-  words.append(_picture('residuals'))
-  words.append(
-    'Extrapolation: the law fitted without the largest N, or D, foretells '
-    'those runs.'
-  )
-  words.append(_held_out(analysis))
-  words.append(
-    'Influence: the run whose absence moves an exponent most, of all runs '
-    'left out in turn.'
-  )
-  words.append(_influence(analysis))
-  return '\n\n'.join(words)
-
-
-def _noise(analysis: Analysis) -> str:
-  if analysis.noise is None:
-    return (
-      'No configuration was run with two seeds: how much of a residual is '
-      'noise is not known.'
-    )
-  return (
-    f'Seeds vary log losses by {analysis.noise.relative:.2%} (standard '
-    f'deviation, {analysis.noise.degrees} degrees of freedom).'
-  )
-
-
-def _held_out(analysis: Analysis) -> str:
-  rows = []
-  for family, by_axis in analysis.held_out.items():
-    for axis, held in by_axis.items():
-      what = f'largest {"N" if axis == "parameters" else "D"}'
-      if isinstance(held, str):
-        rows.append([family, what, '-', held, ''])
-        continue
-      rows.append(
-        [
-          family,
-          what,
-          len(held.points),
-          f'{held.score:.2%}',
-          f'{held.inside} of {len(held.points)}',
-        ]
-      )
-  return _table(
-    ['family', 'left out', 'runs', 'error (rms)', 'in their intervals'], rows
-  )
-
-
-def _influence(analysis: Analysis) -> str:
-  rows = []
-  for family, left in analysis.left_out.items():
-    constants = analysis.primary[family].constants()
-    for name in ('alpha', 'beta'):
-      moved = left.constants[:, left.names.index(name)]
-      n = int(np.argmax(np.abs(moved - constants[name])))
-      rows.append(
-        [
-          family,
-          name,
-          f'{constants[name]:.3g}',
-          f'{moved[n]:.3g} without {left.runs[n]}',
-          f'{moved.min():.3g} to {moved.max():.3g}',
-        ]
-      )
-  return _table(['family', 'exponent', 'all runs', 'furthest', 'range'], rows)
-
-
 def _laws(analysis: Analysis) -> str:
   parts = [
     'E, A and B in nats a token, N in millions, D in billions; gamma in bits '
     'a weight (laws.BitsLaw).'
   ]
+  columns = ('E', 'A', 'alpha', 'B', 'beta', 'gamma')
   for counted, by_name in analysis.constants.items():
-    rows = [
-      [name, constant, _interval(interval)]
-      for name, constants in by_name.items()
-      for constant, interval in constants.items()
-    ]
+    rows = []
+    for name, constants in by_name.items():
+      fit = analysis.fits[counted][name]
+      for family in [''] if fit.kind == 'bits' else fit.families:
+        own = [
+          constants.get(each) or constants.get(f'{each}[{family}]')
+          for each in columns
+        ]
+        rows.append(
+          [
+            name if name == family else f'{name} {family}',
+            *('-' if each is None else markdown.interval(each) for each in own),
+          ]
+        )
     parts.append(
-      f'### N {_COUNTED[counted]}\n\n'
-      + _table(['law', 'constant', 'estimate'], rows)
+      f'### N {_COUNTED[counted]}\n\n' + markdown.table(['law', *columns], rows)
     )
   parts += [
     f'Not fitted: {name}. {why}.' for name, why in analysis.refused.items()
@@ -253,28 +176,28 @@ def _families(analysis: Analysis) -> str:
   if not analysis.compared:
     return (
       'The table does not allow a law of both families: nothing to compare.'
-      f'\n\n{_picture("families")}'
+      f'\n\n{markdown.picture("families")}'
     )
   tokens = short(analysis.largest_tokens)
-  parts = [f'After {tokens} tokens.', _picture('families')]
+  parts = [f'After {tokens} tokens.', markdown.picture('families')]
   for what, compared in analysis.compared.items():
     rows = [
       [
         short(row.at),
-        *map(_interval, row.losses.values()),
+        *map(markdown.interval, row.losses.values()),
         f'{row.wins:.0%}',
-        _beyond(row.beyond),
+        markdown.beyond(row.beyond),
       ]
       for row in compared.rows
     ]
     parts.append(
-      _table(
+      markdown.table(
         [
           'bytes served' if what == 'bytes' else 'N',
           'ternary',
           'float',
           'draws in which ternary is lower',
-          '',
+          'beyond the runs',
         ],
         rows,
       )
@@ -290,10 +213,11 @@ def _crossing(what: str, crossed: families.Crossing) -> str:
       f'At equal {what} {crossed.after} is lower all along, {range_}; they '
       f'cross in {crossed.share:.0%} of draws.'
     )
+  at = markdown.interval(crossed.at, short)
+  at += f', the last of {crossed.count} times' if crossed.count > 1 else ''
   return (
-    f'At equal {what} they cross at {_interval(crossed.at, short)} and '
-    f'{crossed.loss:.3f} nats a token, {crossed.before} being lower before '
-    f'and {crossed.after} after; {crossed.share:.0%} of draws cross ({range_}).'
+    f'At equal {what} they cross at {at}, at {crossed.loss:.3f} nats a '
+    f'token; {crossed.before} is lower just before, {crossed.after} after. {crossed.share:.0%} of draws cross ({range_}).'
   )
 
 
@@ -307,7 +231,7 @@ def _plans(analysis: Analysis) -> str:
     )
     parts.append(
       f'For {words} ({asked}):\n\n'
-      + _table(
+      + markdown.table(
         [
           'family',
           'N',
@@ -317,7 +241,7 @@ def _plans(analysis: Analysis) -> str:
           'bytes served',
           'J a token',
           'draws it is best in',
-          '',
+          'beyond the runs',
         ],
         [_choice(choice) for choice in choices],
       )
@@ -328,14 +252,14 @@ def _plans(analysis: Analysis) -> str:
 def _choice(choice: Choice) -> list[str]:
   return [
     choice.family,
-    _interval(choice.parameters, short),
-    _interval(choice.tokens, short),
-    _interval(choice.loss),
+    markdown.interval(choice.parameters, short),
+    markdown.interval(choice.tokens, short),
+    markdown.interval(choice.loss),
     f'{choice.training_flops:.3g}',
     short(choice.served_bytes),
     f'{choice.joules_per_token:.3g}',
     f'{choice.wins:.0%}',
-    _beyond(choice.beyond),
+    markdown.beyond(choice.beyond),
   ]
 
 
@@ -346,41 +270,13 @@ def _assumptions(analysis: Analysis) -> str:
     for field in dataclasses.fields(serving)
   ]
   return (
-    f'Training takes {shapes.flops_per_token.coefficient:.3g} N^'
-    f'{shapes.flops_per_token.exponent:.3g} FLOPs a token (within '
-    f'{shapes.flops_per_token.worst:.1%} of the runs); embedding and head have '
+    f'Training a token takes {shapes.flops_per_body:.3g} FLOPs for each '
+    f'parameter and {shapes.flops_per_embedding:.3g} for each of embedding and '
+    f'head (within {shapes.worst:.1%} of the runs); embedding and head have '
     f'{shapes.embeddings.coefficient:.3g} n^{shapes.embeddings.exponent:.3g} '
     f'parameters for n in the rest (within {shapes.embeddings.worst:.1%}). '
     'Both are held to beyond the runs.\n\nServing, all of it assumed '
     '(`tritera_jax/scaling/costs.py` gives the sources; no cache of keys and '
-    f'values, no leakage, no host):\n\n{_table(["assumed", "value"], rows)}'
+    'values, no leakage, no host):\n\n'
+    + markdown.table(['assumed', 'value'], rows)
   )
-
-
-def _interval(interval: Interval, form=lambda value: f'{value:.3g}') -> str:
-  low, high = (
-    form(end) if math.isfinite(end) else 'no bound' if end == math.inf else '?'
-    for end in (interval.low, interval.high)
-  )
-  return f'{form(interval.estimate)} ({low} to {high})'
-
-
-def _beyond(times: float) -> str:
-  return f'{times:.2g} x beyond the runs' if times > 1.001 else ''
-
-
-def _span(values: Sequence[float]) -> str:
-  return (
-    f'{short(min(values))} to {short(max(values))} '
-    f'({max(values) / min(values):.3g} x)'
-  )
-
-
-def _picture(name: str) -> str:
-  return f'![{_PICTURES[name]}]({name}.png)\n\n*{_PICTURES[name]}*'
-
-
-def _table(head: Iterable[str], rows: Iterable[Sequence]) -> str:
-  lines = [list(head), *rows]
-  lines.insert(1, ['---'] * len(lines[0]))
-  return '\n'.join(f'| {" | ".join(map(str, line))} |' for line in lines)
