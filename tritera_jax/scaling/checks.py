@@ -66,7 +66,7 @@ def held_out(
   small = fit_lib.again(fit, fit.points.take(~held))
   points = fit.points.take(held)
   laws = intervals.predictions(small, points, level=level)
-  one_run = small.noise * stats.t.ppf((1 + level) / 2, small.degrees)
+  one_run = small.noise * float(stats.t.ppf((1 + level) / 2, small.degrees))
   return HeldOut(
     small, points, tuple(_wider(each, one_run) for each in laws)
   )  # fmt: skip

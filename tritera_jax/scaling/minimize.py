@@ -25,7 +25,7 @@ from numpy.typing import NDArray
 Array = NDArray[np.float64]
 
 _ITERATIONS = 500
-_TOLERANCE = 1e-11  # of the objective that a step may still gain
+_TOLERANCE = 1e-9  # of the objective that a step may still gain
 _LONGEST = 1.0  # step in any constant
 
 
