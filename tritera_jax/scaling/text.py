@@ -159,7 +159,7 @@ def _laws(analysis: Analysis) -> str:
         ]
         rows.append(
           [
-            name if name == family else f'{name} {family}',
+            ' '.join(dict.fromkeys((name, family))).strip(),
             *('-' if each is None else markdown.interval(each) for each in own),
           ]
         )
@@ -217,7 +217,8 @@ def _crossing(what: str, crossed: families.Crossing) -> str:
   at += f', the last of {crossed.count} times' if crossed.count > 1 else ''
   return (
     f'At equal {what} they cross at {at}, at {crossed.loss:.3f} nats a '
-    f'token; {crossed.before} is lower just before, {crossed.after} after. {crossed.share:.0%} of draws cross ({range_}).'
+    f'token; {crossed.before} is lower just before, {crossed.after} after. '
+    f'{crossed.share:.0%} of draws cross ({range_}).'
   )
 
 

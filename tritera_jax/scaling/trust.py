@@ -32,7 +32,8 @@ def doubts(analysis: Analysis, family: str) -> list[str]:
       found.append(f'extrapolation by {axis} cannot be tested')
     elif held.score > 2 * held.fit.noise:
       found.append(
-        f'without the largest {axis} it misses them by {held.score:.2%}, '
+        f'fitted without the largest {axis} it misses them by '
+        f'{held.score:.2%}, '
         f'{held.score / held.fit.noise:.2g} times its residuals'
       )
   constants = analysis.constants[analysis.options.counted][family]
