@@ -123,7 +123,7 @@ def analyse(
     }
   points = Points.of_runs(runs, options.counted)
   families = {
-    name: _fitted(fit, options)
+    name: fitted(fit, _bootstrap(fit, options))
     for name, fit in fits[options.counted].items()
     if name in points.families
   }
@@ -150,8 +150,8 @@ def analyse(
     {name: checks.lack_of_fit(fit) for name, fit in primary.items()},
     {name: _held_out(fit) for name, fit in primary.items()},
     {name: checks.leave_one_out(fit) for name, fit in primary.items()},
-    {name: _readings(fitted) for name, fitted in families.items()},
-    {name: _frontier(fitted, shapes) for name, fitted in families.items()},
+    {name: _readings(each) for name, each in families.items()},
+    {name: _frontier(each, shapes) for name, each in families.items()},
     largest_tokens,
     families_lib.compare(pair, shapes, serving, largest_tokens)
     if len(pair) > 1
@@ -192,11 +192,9 @@ def _fits(
   return fits, refused
 
 
-def _fitted(fit: Fit, options: Options) -> Fitted:
+def fitted(fit: Fit, theta_KP: Array) -> Fitted:
+  """A family's law with draws of its constants, in the fit's units."""
   (family,) = fit.families
-  theta_KP = intervals.bootstrap(
-    fit, draws=options.draws, seed=options.seed, resample=options.resample
-  )
   # One of N and D, as chinchilla fits.
   of: Any = functools.partial(fit_lib.law_of, fit, family=family)
   N, D = fit.points.parameters, fit.points.tokens
@@ -205,6 +203,12 @@ def _fitted(fit: Fit, options: Options) -> Fitted:
     tuple(of(theta) for theta in theta_KP),
     (float(N.min()), float(N.max())),
     (float(D.min()), float(D.max())),
+  )
+
+
+def _bootstrap(fit: Fit, options: Options) -> Array:
+  return intervals.bootstrap(
+    fit, draws=options.draws, seed=options.seed, resample=options.resample
   )
 
 
@@ -218,20 +222,20 @@ def _held_out(fit: Fit) -> dict[str, HeldOut | str]:
   return held
 
 
-def _readings(fitted: Fitted) -> Readings:
-  law: Any = fitted.law
-  draws: Any = fitted.draws
-  return readings.readings(law, draws, fitted.parameters[1], fitted.tokens[1])
+def _readings(family: Fitted) -> Readings:
+  law: Any = family.law
+  draws: Any = family.draws
+  return readings.readings(law, draws, family.parameters[1], family.tokens[1])
 
 
-def _frontier(fitted: Fitted, shapes: Shapes) -> tuple[Array, Array]:
+def _frontier(family: Fitted, shapes: Shapes) -> tuple[Array, Array]:
   """From a hundredth of the smallest run's compute to a hundred largest."""
   ends = [
     shapes.flops_per_token(N) * D
-    for N, D in zip(fitted.parameters, fitted.tokens, strict=True)
+    for N, D in zip(family.parameters, family.tokens, strict=True)
   ]
   flops = np.geomspace(ends[0] / 100, ends[1] * 100, 41)
-  return flops, plan.frontier(fitted, shapes, flops)
+  return flops, plan.frontier(family, shapes, flops)
 
 
 def _budgets(

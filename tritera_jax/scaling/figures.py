@@ -25,6 +25,7 @@ _COUNTED = {
   'all': 'parameters N, all of them',
   'without_embeddings': 'parameters N without embeddings',
 }
+_DASHES = (0, (4, 2))
 _BEYOND = 4.0  # times the largest run that a picture of a law goes to
 
 
@@ -32,9 +33,17 @@ def loss_against(
   axis: Literal['tokens', 'parameters'],
   points: Points,
   families: Mapping[str, Fitted],
+  panels: Any = None,
 ) -> 'matplotlib.figure.Figure':
-  """Loss against D for each N, or against N for each D; a panel a family."""
-  figure, panels = _panels(len(families))
+  """Loss against D for each N, or against N for each D; a panel a family.
+
+  Args:
+    axis: what grows.
+    points: all runs.
+    families: their laws.
+    panels: axes to draw on, one a family, in place of a new figure's.
+  """
+  figure, panels = _panels(len(families), panels)
   other = 'parameters' if axis == 'tokens' else 'tokens'
   for panel, (family, fitted) in zip(panels, families.items(), strict=True):
     own = points.of_families({family})
@@ -99,7 +108,7 @@ def compute_optimal(
     )  # fmt: skip
     tokens = flops / shapes.flops_per_token(best[0])
     inside = (best[0] <= n1) & (best[0] >= n0) & (tokens <= d1) & (tokens >= d0)
-    panel.plot(tokens, best[0], '--', color=colour, label='compute-optimal')
+    panel.plot(tokens, best[0], ls=_DASHES, lw=2, color=colour)
     panel.plot(
       np.where(inside, tokens, np.nan), best[0], '-', color=colour, lw=2
     )
@@ -118,7 +127,7 @@ def compute_optimal(
     runs=_line(marker='o', ls='', color='0.2', ms=3),
     fitted_range=_patch(color='0.5', alpha=0.15),
     compute_optimal=_line(color='0.3', lw=2),
-    beyond_the_runs=_line(color='0.3', ls='--'),
+    beyond_the_runs=_line(color='0.3', ls=_DASHES),
   )
   # Labels leave gaps of their own size, which the layout decides.
   figure.draw_without_rendering()
@@ -182,9 +191,20 @@ def families_compared(
   serving: Serving,
   tokens: float,
   compared: Mapping[str, Compared],
+  panels: Any = None,
 ) -> 'matplotlib.figure.Figure':
-  """Losses of families at equal parameters and at equal bytes served."""
-  figure, panels = _panels(2)
+  """Losses of families at equal parameters and at equal bytes served.
+
+  Args:
+    points: all runs.
+    families: their laws.
+    shapes: of the models.
+    serving: what serving takes.
+    tokens: D at which they are compared.
+    compared: with the crossings; empty where there is no pair.
+    panels: two axes to draw on, in place of a new figure's.
+  """
+  figure, panels = _panels(2, panels)
   for family, fitted in families.items():
     own = points.of_families({family})
     own = own.take(own.tokens == tokens)
@@ -221,8 +241,12 @@ def families_compared(
       )
       for family in families
     },
-    beyond_the_runs=_line(color='0.3', ls='--'),
-    crossing=_line(marker='x', ls='', color='black', ms=7, mew=1.5),
+    beyond_the_runs=_line(color='0.3', ls=_DASHES),
+    **(
+      {'crossing': _line(marker='x', ls='', color='black', ms=7, mew=1.5)}
+      if any(each.crossing.at for each in compared.values())
+      else {}
+    ),
   )
   figure.suptitle(f'after {pictures.short(tokens)} tokens', x=0.01, ha='left')
   return figure
@@ -236,10 +260,14 @@ def _bytes(serving: Serving, family: str, shapes: Shapes) -> Callable:
   return lambda parameters: serving.bytes(family, shapes, parameters)
 
 
-def _panels(count: int, height: float = 3.0) -> tuple[Any, Any]:
+def _panels(count: int, given: Any = None, height: float = 3.0) -> Any:
+  """A figure and its axes in a row, unless they are given."""
   from matplotlib.figure import Figure
 
-  figure = Figure(figsize=({1: 4.4, 2: 6.8}.get(count, 2.8 * count), height))
+  if given is not None:
+    return given[0].figure, given
+  width = {1: 4.4, 2: 6.8}.get(count, 2.8 * count)
+  figure = Figure(figsize=(width, height))
   return figure, figure.subplots(1, count, sharey=True, squeeze=False)[0]
 
 
@@ -248,7 +276,7 @@ def _curve(
 ):
   """A law with its band, solid between the ends of what was fitted."""
   inside = (x >= fitted[0] * 0.999) & (x <= fitted[1] * 1.001)
-  panel.plot(x, table[0], ls=(0, (4, 2)), lw=1, **style)
+  panel.plot(x, table[0], ls=_DASHES, lw=1, **style)
   panel.plot(x, np.where(inside, table[0], np.nan), **style)
   if len(table) > 1:
     low, high = plan.ends(table[1:])
