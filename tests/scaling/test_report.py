@@ -184,7 +184,12 @@ def test_a_report_is_replaced_whole_and_nothing_else_is(
 def test_tables_that_allow_no_law_are_refused_in_words(tmp_path, capsys):
   runs.append(tmp_path, table()[:4])
   out = tmp_path / 'report'
-  assert cli.main(['scaling', str(tmp_path), '--out', str(out)]) == 1
+  command = [
+    'scaling', str(tmp_path), '--out', str(out), '--counted', 'all',
+    '--serving.ternary-bits', '2', '--budget.gpu-days', '1',
+    '--budget.gpu-flops-per-second', '1e15', '--budget.mfu', '0.4',
+  ]  # fmt: skip
+  assert cli.main(command) == 1
   error = capsys.readouterr().err
   assert error.startswith('tritera scaling: no law can be fitted: ternary: 4 ')
   assert not out.exists()

@@ -175,7 +175,7 @@ def _fits(
     except ValueError as error:
       refused[name] = str(error)
 
-  for family in dict.fromkeys(points.families):
+  for family in (each for each in pictures.COLOURS if each in points.families):
     own = points.of_families({family})
     attempt(family, functools.partial(fit_lib.chinchilla, own, delta=delta))
   if len(fits) > 1:

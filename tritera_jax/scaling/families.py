@@ -39,6 +39,8 @@ class Crossing:
 def crossing(grows: Array, losses: Mapping[str, Array]) -> Crossing:
   """The last place in a table where the losses of two families cross.
 
+  A draw that crosses several times counts where it is nearest to that place.
+
   Args:
     grows: parameters or bytes (X,), rising: dense enough to interpolate its
       logarithm linearly.
@@ -47,38 +49,27 @@ def crossing(grows: Array, losses: Mapping[str, Array]) -> Crossing:
   one, other = losses
   apart = losses[one] - losses[other]
   x = np.log(grows)
-  roots = [_last_root(x, row) for row in apart]
-  at, *found = roots
-  found = [root for root in found if root is not None]
-  names = {True: one, False: other}
-  if at is None:
-    lower = names[bool(apart[0, -1] < 0)]
-    return Crossing(None, None, lower, lower, _share(found, roots), 0)
-  after = names[bool(apart[0, x > at][0] < 0)]
+  roots, *drawn = (_roots(x, row) for row in apart)
+  crossed = [each for each in drawn if len(each)]
+  share = len(crossed) / max(len(drawn), 1)
+  after = one if apart[0, -1] < 0 else other
+  if not len(roots):
+    return Crossing(None, None, after, after, share, 0)
+  at = roots[-1]
+  near = [each[np.argmin(abs(each - at))] for each in crossed]
   return Crossing(
-    interval(np.exp([at, *found])),
+    interval(np.exp([at, *near])),
     float(np.interp(at, x, losses[one][0])),
     other if after == one else one,
     after,
-    _share(found, roots),
-    len(_changes(apart[0])),
+    share,
+    len(roots),
   )
 
 
-def _share(found: list, roots: list) -> float:
-  return len(found) / max(len(roots) - 1, 1)
-
-
-def _changes(y: Array) -> Array:
-  return np.flatnonzero(np.signbit(y[1:]) != np.signbit(y[:-1]))
-
-
-def _last_root(x: Array, y: Array) -> float | None:
-  changes = _changes(y)
-  if not len(changes):
-    return None
-  k = changes[-1]
-  return float(x[k] - y[k] * (x[k + 1] - x[k]) / (y[k + 1] - y[k]))
+def _roots(x: Array, y: Array) -> Array:
+  k = np.flatnonzero(np.signbit(y[1:]) != np.signbit(y[:-1]))
+  return x[k] - y[k] * (x[k + 1] - x[k]) / (y[k + 1] - y[k])
 
 
 @dataclasses.dataclass(frozen=True)
