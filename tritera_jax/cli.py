@@ -433,6 +433,35 @@ def _generate(args: list[str]):
   tyro.cli(generate, args=args, prog='tritera generate')
 
 
+def _scaling(args: list[str]):
+  from tritera_jax.scaling import report
+  from tritera_jax.scaling.analysis import Options
+  from tritera_jax.scaling.costs import Serving
+  from tritera_jax.scaling.plan import Budget
+
+  def scaling(
+    runs: Positional[tuple[Path, ...]],
+    options: Annotated[Options, _BARE] = Options(),
+    serving: Serving = Serving(),
+    budget: Budget = Budget(),
+    *,
+    out: Path,
+  ):
+    """Fits scaling laws to finished runs and says how far to trust them.
+
+    Args:
+      runs: tables, runs.jsonl or folders with one.
+      options: how they are analysed.
+      serving: what serving is assumed to take.
+      budget: one more to plan for.
+      out: folder for report.md, constants.json and pictures.
+    """
+    report.write(runs, out, options, serving, budget)
+    print(out / 'report.md')
+
+  tyro.cli(scaling, args=args, prog='tritera scaling')
+
+
 def _doctor(args: list[str]):
   def doctor(*, measure: bool = True):
     """Proves the kernels that this machine would use on golden vectors.
@@ -474,6 +503,7 @@ VERBS = {
   'goodput': (_goodput, 'where the time of a run went'),
   'show': (_show, "an experiment's size and cost, without running it"),
   'plan': (_plan, 'time, memory and layout of a run on another machine'),
+  'scaling': (_scaling, 'laws of finished runs, and what to train next'),
   'bench': (_bench, 'time training steps beside their float twin'),
   'doctor': (_doctor, 'check the kernels on this machine'),
 }

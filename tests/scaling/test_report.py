@@ -1,0 +1,195 @@
+# SPDX-License-Identifier: Apache-2.0
+"""A table drawn from the papers' laws, and what the report says of it.
+
+Losses are Spectra 1.1's laws of TriLM and FloatLM (paper.md 4.2) at five of
+Spectra's sizes on 20e9 to 150e9 tokens, times exp(0.0005 z) with z standard
+normal; FLOPs are 6 for each weight that multiplies. Three seeds at one cell of
+each family. Two binary runs allow no law.
+"""
+
+import json
+import re
+
+import numpy as np
+import pytest
+
+from tritera_jax import cli
+from tritera_jax.scaling import laws, report, runs
+from tritera_jax.scaling.analysis import Options
+from tritera_jax.scaling.runs import Run
+
+# Spectra, Table 3: hidden, GLU, layers; 50277 tokens.
+SHAPES = (
+  (512, 1280, 16),
+  (768, 2048, 16),
+  (1024, 2560, 24),
+  (1280, 3072, 24),
+  (1792, 5120, 24),
+)
+TRUTH = {
+  'ternary': laws.TRILM_SPECTRA_1_1,
+  'float': laws.FLOATLM_SPECTRA_1_1,
+}
+
+
+def table() -> list[Run]:
+  rng = np.random.default_rng(5)
+  rows = []
+  for family, law in [*TRUTH.items(), ('binary', TRUTH['ternary'])]:
+    for h, glu, layers in SHAPES[: 1 if family == 'binary' else 5]:
+      body, head = layers * (4 * h * h + 3 * h * glu), 50277 * h
+      for D in (20e9, 40e9, 80e9, 150e9)[: 2 if family == 'binary' else 4]:
+        seeds = 3 if (h, D, family != 'binary') == (768, 40e9, True) else 1
+        for seed in range(seeds):
+          loss = float(law(body, D) * np.exp(0.0005 * rng.standard_normal()))
+          rows.append(
+            Run(
+              f'{family}_{h}_{D:.0f}_{seed}', family, body + 2 * head, body,
+              1.0, int(D), 6.0 * (body + head) * D, loss, 1.0, seed, 1.0,
+            )
+          )  # fmt: skip
+  return rows
+
+
+@pytest.fixture(scope='module')
+def written(tmp_path_factory):
+  """The folder of the report and what it was made of."""
+  folder = tmp_path_factory.mktemp('law')
+  runs.append(folder, table())
+  out = folder / 'new' / 'report'
+  return out, report.write([folder], out, Options(draws=60))
+
+
+@pytest.fixture
+def constants(written):
+  return json.loads((written[0] / 'constants.json').read_text())
+
+
+def test_every_picture_is_there_and_shown(written):
+  out, _ = written
+  shown = re.findall(r'\]\((.*?)\)', (out / 'report.md').read_text())
+  assert len(shown) == 5
+  for name in shown:
+    assert (out / name).stat().st_size > 20_000
+    svg = (out / name).with_suffix('.svg').read_text()
+    assert '<text' in svg and 'tokens D' in svg + 'tokens D' * (
+      name in ('parameters.png', 'families.png')
+    )
+  assert sorted(path.name for path in out.parent.iterdir()) == ['report']
+
+
+def test_constants_come_back_in_the_units_of_their_names(constants):
+  for family, law in TRUTH.items():
+    found = constants['laws']['N_without_embeddings'][family]
+    for truth, interval in zip(
+      law.constants(1e6, 1e9).values(), found.values(), strict=True
+    ):
+      assert interval['estimate'] == pytest.approx(truth, rel=0.1)
+      assert interval['low'] < interval['estimate'] < interval['high']
+      assert interval['level'] == 0.9
+  assert list(constants['laws']['N_all']['ternary']) == [
+    'E_nats_per_token',
+    'A_nats_per_token_for_N_in_millions',
+    'alpha_of_N',
+    'B_nats_per_token_for_D_in_billions',
+    'beta_of_D',
+  ]
+
+
+def test_both_readings_are_told_and_where_they_disagree(written, constants):
+  text = (written[0] / 'report.md').read_text()
+  assert (
+    '* **ternary**: by exponents, data; by gains at the largest run, '
+    'parameters. They disagree.'
+  ) in text
+  said = constants['readings_at_the_largest_run']['ternary']
+  found = said['parameters_exponent']['estimate']
+  assert found == pytest.approx(0.717, abs=0.02)  # paper.md 4.2
+  assert said['share_for_parameters'] == 1.0
+
+
+def test_what_lies_beyond_the_runs_is_marked(written, constants):
+  far = constants['plans'][2]
+  assert far['for'] == '100 times that'
+  law = TRUTH['ternary']
+  flops = far['budget']['training_flops']
+  power = law.beta / (law.alpha + law.beta)
+  for choice in far['best_first']:
+    assert choice['beyond'] > 5
+    if choice['family'] == 'ternary':
+      # Hoffmann et al., eq. 4, with C = 6 N D: the head is little there.
+      G = (law.alpha * law.A / (law.beta * law.B)) ** (power / law.beta)
+      expected = G * (flops / 6) ** power
+      found = choice['parameters']['estimate']
+      assert found == pytest.approx(expected, rel=0.15)
+  text = (written[0] / 'report.md').read_text()
+  assert f'| {far["best_first"][0]["beyond"]:.3g} x |' in text
+
+
+def test_noise_and_refusals_are_told(written, constants):
+  # Of 0.05 %, by four degrees of freedom.
+  noise = constants['seed_noise_of_log_loss']
+  assert noise['degrees'] == 4 and 1.5e-4 < noise['relative'] < 1e-3
+  assert '2 runs for a law of 5 constants' in constants['refused']['binary']
+  assert 'Not fitted: binary.' in (written[0] / 'report.md').read_text()
+
+
+def test_the_digest_is_the_table_s_whatever_its_order(
+  written, constants, tmp_path, monkeypatch
+):
+  _, analysis = written
+  monkeypatch.setattr(report.analysis_lib, 'analyse', lambda *_: analysis)
+  monkeypatch.setattr(report, '_figures', lambda _: [])
+  rows = table()[::-1]
+  for name, part in (('a', rows[:20]), ('b', rows[20:])):
+    (tmp_path / name).mkdir()
+    runs.append(tmp_path / name, part)
+  places = [tmp_path / 'a', tmp_path / 'b' / 'runs.jsonl']
+  report.write(places, tmp_path / 'report')
+  again = json.loads((tmp_path / 'report' / 'constants.json').read_text())
+  assert again == constants
+
+
+def test_a_report_is_replaced_whole_and_nothing_else_is(
+  written, tmp_path, monkeypatch
+):
+  _, analysis = written
+  monkeypatch.setattr(report.analysis_lib, 'analyse', lambda *_: analysis)
+  monkeypatch.setattr(report, '_figures', lambda _: [])
+  runs.append(tmp_path, table()[:1])
+  out = tmp_path / 'report'
+  report.write([tmp_path], out)
+  (out / 'stale.png').write_text('of an older report')
+
+  def breaks(*_):
+    raise OSError('no space left')
+
+  with monkeypatch.context() as patch:
+    patch.setattr(report.text, 'report', breaks)
+    with pytest.raises(OSError, match='no space'):
+      report.write([tmp_path], out)
+  assert (out / 'stale.png').exists() and (out / 'report.md').exists()
+  report.write([tmp_path], out)
+  names = sorted(path.name for path in tmp_path.rglob('*'))
+  assert names == ['constants.json', 'report', 'report.md', 'runs.jsonl']
+
+  mine = tmp_path / 'mine'
+  mine.mkdir()
+  (mine / 'constants.json').write_text('{"pi": 3}')
+  with pytest.raises(FileExistsError, match='is no report of ours: name ano'):
+    report.write([tmp_path], mine)
+  assert (mine / 'constants.json').read_text() == '{"pi": 3}'
+
+
+def test_tables_that_allow_no_law_are_refused_in_words(tmp_path, capsys):
+  runs.append(tmp_path, table()[:4])
+  out = tmp_path / 'report'
+  command = [
+    'scaling', str(tmp_path), '--out', str(out), '--counted', 'all',
+    '--serving.ternary-bits', '2', '--budget.gpu-days', '1',
+    '--budget.gpu-flops-per-second', '1e15', '--budget.mfu', '0.4',
+  ]  # fmt: skip
+  assert cli.main(command) == 1
+  error = capsys.readouterr().err
+  assert error.startswith('tritera scaling: no law can be fitted: ternary: 4 ')
+  assert not out.exists()

@@ -1,0 +1,272 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Everything that a report says of a table of runs, before it is words."""
+
+from collections.abc import Callable, Mapping, Sequence
+import dataclasses
+import functools
+from typing import Any, Literal
+
+import numpy as np
+
+from tritera_jax import pictures
+from tritera_jax.scaling import checks, intervals, laws, plan, readings
+from tritera_jax.scaling import families as families_lib
+from tritera_jax.scaling import fit as fit_lib
+from tritera_jax.scaling.checks import HeldOut, LackOfFit, LeftOut
+from tritera_jax.scaling.costs import Serving, Shapes
+from tritera_jax.scaling.families import Compared
+from tritera_jax.scaling.fit import Fit
+from tritera_jax.scaling.intervals import Interval
+from tritera_jax.scaling.laws import Counted
+from tritera_jax.scaling.plan import Array, Budget, Choice, Fitted
+from tritera_jax.scaling.points import Noise, Points, seed_noise
+from tritera_jax.scaling.readings import Readings
+from tritera_jax.scaling.runs import Run
+
+SHARED_E = 'one E for all'
+IN_BITS = 'one law in bits'
+
+
+@dataclasses.dataclass(frozen=True)
+class Options:
+  """How a table is analysed.
+
+  Attributes:
+    counted: the parameters that are N in pictures and plans; constants are
+      given for both counts.
+    delta: of Huber's loss, in log losses.
+    draws: of the bootstrap, for whatever is no constant of a law.
+    seed: of it.
+    resample: runs, or residuals of the fitted law.
+  """
+
+  counted: Counted = 'without_embeddings'
+  delta: float = 1e-3
+  draws: int = 400
+  seed: int = 0
+  resample: Literal['runs', 'residuals'] = 'runs'
+
+
+@dataclasses.dataclass(frozen=True)
+class Analysis:
+  """What is known of a table.
+
+  Attributes:
+    options: how it was made.
+    serving: what was assumed of serving.
+    runs: the table.
+    points: its losses, N as options.counted says.
+    noise: of seeds, if any configuration was repeated.
+    shapes: of its models.
+    fits: by count of parameters, then by family or joint law.
+    constants: of each fit, N in millions and D in billions, with intervals.
+    refused: why a law was not fitted, by its name.
+    families: laws of options.counted, with draws.
+    lack_of_fit: of each family; None without repeats.
+    held_out: of each family by 'parameters' and by 'tokens'; or why not.
+    left_out: of each family.
+    readings: of each family, at its largest run.
+    frontiers: FLOPs (C,) and the best N of law and draws (1 + K, C).
+    largest_tokens: D at which families are compared.
+    compared: ternary and float, as 'parameters' and as 'bytes' grow.
+    plans: what was asked and the best model of each family.
+  """
+
+  options: Options
+  serving: Serving
+  runs: list[Run]
+  points: Points
+  noise: Noise | None
+  shapes: Shapes
+  fits: dict[Counted, dict[str, Fit]]
+  constants: dict[Counted, dict[str, dict[str, Interval]]]
+  refused: dict[str, str]
+  families: dict[str, Fitted]
+  lack_of_fit: dict[str, LackOfFit | None]
+  held_out: dict[str, dict[str, HeldOut | str]]
+  left_out: dict[str, LeftOut]
+  readings: dict[str, Readings]
+  frontiers: dict[str, tuple[Array, Array]]
+  largest_tokens: float
+  compared: dict[str, Compared]
+  plans: list[tuple[str, Budget, list[Choice]]]
+
+  @property
+  def primary(self) -> dict[str, Fit]:
+    """Fits of the families by themselves, N as options.counted says."""
+    fits = self.fits[self.options.counted]
+    return {name: fits[name] for name in self.families}
+
+
+def analyse(
+  runs: Sequence[Run],
+  options: Options = Options(),
+  serving: Serving = Serving(),
+  budget: Budget = Budget(),
+) -> Analysis:
+  """Fits every law that the runs allow and asks what it says.
+
+  Raises:
+    ValueError: no family's runs allow a law: why, by family.
+  """
+  runs = list(runs)
+  fits, constants, refused = {}, {}, {}
+  for counted in ('without_embeddings', 'all'):
+    points = Points.of_runs(runs, counted)
+    fits[counted], why = _fits(points, options.delta)
+    refused |= why
+    constants[counted] = {
+      name: intervals.profile(
+        fit, level=plan.LEVEL, parameters=laws.MILLION, tokens=laws.BILLION
+      )
+      for name, fit in fits[counted].items()
+    }
+  points = Points.of_runs(runs, options.counted)
+  families = {
+    name: fitted(fit, _bootstrap(fit, options))
+    for name, fit in fits[options.counted].items()
+    if name in points.families
+  }
+  if not families:
+    raise ValueError(
+      'no law can be fitted: '
+      + '; '.join(f'{name}: {why}' for name, why in refused.items())
+    )
+  primary = {name: fits[options.counted][name] for name in families}
+  shapes = Shapes.of_runs(runs, options.counted)
+  largest_tokens = float(max(points.tokens))
+  pair = {n: families[n] for n in ('ternary', 'float') if n in families}
+  return Analysis(
+    options,
+    serving,
+    runs,
+    points,
+    seed_noise(points),
+    shapes,
+    fits,
+    constants,
+    refused,
+    families,
+    {name: checks.lack_of_fit(fit) for name, fit in primary.items()},
+    {name: _held_out(fit) for name, fit in primary.items()},
+    {name: checks.leave_one_out(fit) for name, fit in primary.items()},
+    {name: _readings(each) for name, each in families.items()},
+    {name: _frontier(each, shapes) for name, each in families.items()},
+    largest_tokens,
+    families_lib.compare(pair, shapes, serving, largest_tokens)
+    if len(pair) > 1
+    else {},
+    [
+      (words, asked, plan.best(families, asked, shapes, serving))
+      for words, asked in _budgets(points, families, shapes, serving, budget)
+    ],
+  )
+
+
+def _fits(
+  points: Points, delta: float
+) -> tuple[dict[str, Fit], dict[str, str]]:
+  """By name; and why others were refused."""
+  fits, refused = {}, {}
+
+  def attempt(name: str, make: Callable[[], Fit]):
+    try:
+      fits[name] = make()
+    except ValueError as error:
+      refused[name] = str(error)
+
+  for family in (each for each in pictures.COLOURS if each in points.families):
+    own = points.of_families({family})
+    attempt(family, functools.partial(fit_lib.chinchilla, own, delta=delta))
+  if len(fits) > 1:
+    all_of_them = points.of_families(set(fits))
+    attempt(
+      SHARED_E,
+      functools.partial(
+        fit_lib.chinchilla, all_of_them, shared=('E',), delta=delta
+      ),
+    )
+    attempt(
+      IN_BITS, functools.partial(fit_lib.in_bits, all_of_them, delta=delta)
+    )
+  return fits, refused
+
+
+def fitted(fit: Fit, theta_KP: Array) -> Fitted:
+  """A family's law with draws of its constants, in the fit's units."""
+  (family,) = fit.families
+  # One of N and D, as chinchilla fits.
+  of: Any = functools.partial(fit_lib.law_of, fit, family=family)
+  N, D = fit.points.parameters, fit.points.tokens
+  return Fitted(
+    of(fit.theta),
+    tuple(of(theta) for theta in theta_KP),
+    (float(N.min()), float(N.max())),
+    (float(D.min()), float(D.max())),
+  )
+
+
+def _bootstrap(fit: Fit, options: Options) -> Array:
+  return intervals.bootstrap(
+    fit, draws=options.draws, seed=options.seed, resample=options.resample
+  )
+
+
+def _held_out(fit: Fit) -> dict[str, HeldOut | str]:
+  held: dict[str, HeldOut | str] = {}
+  for axis in ('parameters', 'tokens'):
+    try:
+      held[axis] = checks.held_out(fit, axis, level=plan.LEVEL)
+    except ValueError as error:
+      held[axis] = str(error)
+  return held
+
+
+def _readings(family: Fitted) -> Readings:
+  law: Any = family.law
+  draws: Any = family.draws
+  return readings.readings(law, draws, family.parameters[1], family.tokens[1])
+
+
+def _frontier(family: Fitted, shapes: Shapes) -> tuple[Array, Array]:
+  """From a hundredth of the smallest run's compute to a hundred largest."""
+  ends = [
+    shapes.flops_per_token(N) * D
+    for N, D in zip(family.parameters, family.tokens, strict=True)
+  ]
+  flops = np.geomspace(ends[0] / 100, ends[1] * 100, 41)
+  return flops, plan.frontier(family, shapes, flops)
+
+
+def _budgets(
+  points: Points,
+  families: Mapping[str, Fitted],
+  shapes: Shapes,
+  serving: Serving,
+  asked: Budget,
+) -> list[tuple[str, Budget]]:
+  """What a plan is made for, in words: more compute, equal bytes and energy."""
+  of_run = shapes.flops_per_token(points.parameters) * points.tokens
+  largest, tokens = float(max(of_run)), float(max(points.tokens))
+  family = next(iter(families))
+  N = families[family].parameters[1]
+  words = f'the largest {family} run, on {pictures.short(tokens)} tokens'
+  budgets = [
+    ('the compute of the largest run', Budget(training_flops=largest)),
+    ('10 times that', Budget(training_flops=10 * largest)),
+    ('100 times that', Budget(training_flops=100 * largest)),
+    (
+      f'the bytes of {words}',
+      Budget(
+        served_bytes=float(serving.bytes(family, shapes, N)), tokens=tokens
+      ),
+    ),
+    (
+      f'the joules a token of {words}',
+      Budget(
+        joules_per_token=float(serving.joules_per_token(family, shapes, N)),
+        tokens=tokens,
+      ),
+    ),
+  ]
+  return budgets + ([('what was asked', asked)] if asked != Budget() else [])

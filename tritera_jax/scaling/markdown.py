@@ -1,0 +1,52 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Tables, numbers and pictures as report.md has them."""
+
+from collections.abc import Callable, Iterable, Sequence
+import math
+
+from tritera_jax.pictures import short
+from tritera_jax.scaling.intervals import Interval
+
+_PICTURES = {
+  'tokens': 'Loss against tokens. Dashed: beyond the runs.',
+  'parameters': 'Loss against parameters.',
+  'compute': 'Loss by law, and the best size for each compute.',
+  'residuals': 'What the laws miss.',
+  'families': 'Families at equal parameters and at equal bytes served.',
+}
+
+
+def interval(interval: Interval, form: Callable = '{:.3g}'.format) -> str:
+  """An estimate with its ends."""
+  if interval.high - interval.low < 1e-6 * abs(interval.estimate):
+    return form(interval.estimate)
+  low, high = (
+    form(end) if math.isfinite(end) else 'no bound' if end == math.inf else '?'
+    for end in (interval.low, interval.high)
+  )
+  return f'{form(interval.estimate)} ({low} to {high})'
+
+
+def beyond(times: float) -> str:
+  """How many times outside the runs."""
+  return f'{times:.3g} x' if times > 1.001 else 'no'
+
+
+def span(values: Sequence[int]) -> str:
+  """Smallest, largest and their ratio."""
+  return (
+    f'{short(min(values))} to {short(max(values))} '
+    f'({max(values) / min(values):.3g} x)'
+  )
+
+
+def picture(name: str) -> str:
+  """A picture of the report with its caption."""
+  return f'![{_PICTURES[name]}]({name}.png)\n\n*{_PICTURES[name]}*'
+
+
+def table(head: Iterable[str], rows: Iterable[Sequence]) -> str:
+  """A table of cells as they print."""
+  lines = [list(head), *rows]
+  lines.insert(1, ['---'] * len(lines[0]))
+  return '\n'.join(f'| {" | ".join(map(str, line))} |' for line in lines)
