@@ -118,10 +118,7 @@ class _Attempt:
     now = None  # the last update's metrics, number and batch
     with (
       save.writing(
-        self.folder,
-        run.keep,
-        run.keep_every,
-        agreed=(Stopped, recovery.BadBatch),
+        self.folder, run, agreed=(Stopped, recovery.BadBatch)
       ) as self.checkpoints,
       Observer(self.experiment, start, self.quiet, ledger) as observer,
     ):
@@ -188,7 +185,7 @@ class _Attempt:
     run = self.experiment.run
     config = run.recovery
     with save.writing(
-      self.folder, run.keep, run.keep_every, agreed=(FloatingPointError,)
+      self.folder, run, agreed=(FloatingPointError,)
     ) as checkpoints:
       if config.then == 'roll_back':
         _say(recovery.roll_back(self.folder, checkpoints, config, bad))
@@ -208,11 +205,7 @@ class _Attempt:
   def _saves(self, done: int, wish: signals_lib.Wish) -> bool:
     run = self.experiment.run
     self.due |= done % run.save_every == 0
-    if (
-      wish.stop
-      or done == run.steps
-      or (run.keep_every and done % run.keep_every == 0)
-    ):
+    if wish.stop or done == run.steps or run.keeps(done):
       return True
     if self.due and wish.busy and not self.put_off:
       self.put_off = True
