@@ -102,7 +102,7 @@ class Deceleration:
     """L of steps, scalar or array."""
     return np.exp(_log_loss(np.log(steps), math.log(self.b), *self._rest))
 
-  def extrapolated(self, steps: float) -> float:
+  def extrapolated(self, steps: int | float) -> float:
     """L_d (t_d / T)^r_d: where the line after the break is at step T."""
     return self.L_d * (self.t_d / steps) ** self.r_d
 
@@ -170,9 +170,10 @@ def smoothed(steps, losses, curve: Curve) -> tuple[np.ndarray, np.ndarray]:
   first = np.searchsorted(steps, np.floor(steps / curve.ratio))
   last = np.arange(1, len(steps) + 1)
   means = (total[last] - total[first]) / (last - first)
-  # The digits that may be other than 0 are the first two.
-  apart = [min(10 ** max(len(str(s)) - 2, 0), curve.spacing) for s in steps]
-  kept = steps % np.array(apart, np.int64) == 0
+  # Only the first two digits are other than 0.
+  digits = 1 + np.searchsorted(10 ** np.arange(1, 19), steps, side='right')
+  apart = np.minimum(10 ** np.maximum(digits - 2, 0), curve.spacing)
+  kept = steps % apart == 0
   kept[-1:] = True
   kept &= steps > curve.after
   return steps[kept], means[kept]
@@ -212,7 +213,44 @@ def fit_smoothed(steps, losses, curve: Curve = Curve()) -> Deceleration:
   # That the last slope is left out is the authors' code.
   c1 = -slopes[at:-1].mean() - c0
   # They start b at this logarithm; to fit log b is the same and begins nearer.
-  start = [y[0] + c0 * x[0], c0, c1, math.log(curve.guess), 0.3]
+  start = [y[0] + c0 * x[0], c0, c1, math.log(curve.guess)]
+  # The paper's f1 is 0.3. A step too long ends at a break without width, which
+  # has no way back: now and then, in noise, another start is needed.
+  fits = [_least_squares(x, y, [*start, f1]) for f1 in (0.3, 0.1, 1.0)]
+  fits = [one for one in fits if one is not None]
+  if not fits:
+    raise NoBreakError('no one-break law fits the losses')
+  residual, found, covariance = min(fits, key=lambda one: one[0])
+  log_b, c0, c1, log_d1, f1 = map(float, found)
+  if not x[0] < log_d1 < x[-1]:
+    raise NoBreakError(
+      f'the best law breaks outside the steps kept, {steps[0]:,} to '
+      f'{steps[-1]:,}: the run shows no break'
+    )
+  to_b = np.array([math.exp(log_b), 1, 1, 1, 1])
+  line = np.polyval(np.polyfit(x, y, 1), x)
+  law = Deceleration(
+    math.exp(log_b),
+    c0,
+    c1,
+    log_d1,
+    f1,
+    tuple(map(tuple, (covariance * np.outer(to_b, to_b)).tolist())),
+    residual,
+    _rms(line - y),
+    int(steps[-1]),
+    float(losses[-1]),
+  )
+  if c1 >= 0:
+    raise NoBreakError(
+      f'the best law falls faster after step {law.t_d:,.0f}, by the exponent '
+      f'{law.r_d:.4f} after {c0:.4f}: the run does not decelerate'
+    )
+  return law
+
+
+def _least_squares(x, y, start):
+  """RSLE, log b and the rest, and their covariance; None: no such law."""
   try:
     with warnings.catch_warnings():
       warnings.simplefilter('error', optimize.OptimizeWarning)
@@ -224,35 +262,9 @@ def fit_smoothed(steps, losses, curve: Curve = Curve()) -> Deceleration:
         bounds=([-np.inf] * 4 + [1e-6], np.inf),
         method='dogbox',
       )
-  except (RuntimeError, optimize.OptimizeWarning) as error:
-    raise NoBreakError(f'no one-break law fits the losses: {error}') from None
-  log_b, c0, c1, log_d1, f1 = map(float, found)
-  to_b = np.array([math.exp(log_b), 1, 1, 1, 1])
-  line = np.polyval(np.polyfit(x, y, 1), x)
-  law = Deceleration(
-    math.exp(log_b),
-    c0,
-    c1,
-    log_d1,
-    f1,
-    tuple(map(tuple, (covariance * np.outer(to_b, to_b)).tolist())),
-    _rms(_log_loss(x, *found) - y),
-    _rms(line - y),
-    int(steps[-1]),
-    float(losses[-1]),
-  )
-  if not x[0] < log_d1 < x[-1]:
-    where = f'{law.t_d:,.0f}' if log_d1 < 700 else f'e^{log_d1:.0f}'
-    raise NoBreakError(
-      f'the best law breaks at step {where}, outside the steps kept, '
-      f'{steps[0]:,} to {steps[-1]:,}: the run shows no break'
-    )
-  if c1 >= 0:
-    raise NoBreakError(
-      f'the best law falls faster after step {law.t_d:,.0f}, by the exponent '
-      f'{law.r_d:.4f} after {c0:.4f}: the run does not decelerate'
-    )
-  return law
+  except (RuntimeError, optimize.OptimizeWarning):
+    return None
+  return _rms(_log_loss(x, *found) - y), found, covariance
 
 
 def _rms(values: np.ndarray) -> float:
