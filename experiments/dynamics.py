@@ -50,17 +50,17 @@ from tritera_jax.ternary.schedule import InfiniteSchedule
 
 FAMILIES: dict[str, Family] = {'trilm': 'ternary', 'floatlm': 'float'}
 
-# The paper's two tables: b, c0, c1, log d1, f1; L_d, t_d, r_d, Lhat_T; RSLE,
+# The paper's two tables: b, c0, c1, log d1, f1, L_d, t_d, r_d, Lhat_T, RSLE;
 # and T, the last step of the losses that its authors published.
 PAPER = {
-  '14M': ((18.42, .17, -.16, 8.68, .20), (4.05, 5877, .013, 3.86), .011, 262153),
-  '37M': ((19.64, .20, -.18, 8.68, .24), (3.60, 5907, .016, 3.39), .015, 262153),
-  '78M': ((20.66, .21, -.19, 8.69, .29), (3.38, 5928, .020, 3.14), .014, 262153),
-  '144M': ((20.31, .21, -.19, 8.71, .34), (3.25, 6074, .023, 2.98), .015, 262209),
-  '285M': ((20.85, .22, -.20, 8.57, .44), (3.14, 5264, .025, 2.85), .013, 262451),
-  '472M': ((21.16, .23, -.19, 8.44, .39), (3.16, 4644, .035, 2.77), .014, 188556),
-  'OLMo-1B': ((25.97, .27, -.23, 8.22, .76), (2.86, 3717, .034, 2.39), .008, 738016),
-  'OLMo-7B': ((27.49, .28, -.22, 8.44, .76), (2.64, 4627, .053, 2.04), .008, 557000),
+  '14M': (18.42, .17, -.16, 8.68, .20, 4.05, 5877, .013, 3.86, .011, 262153),
+  '37M': (19.64, .20, -.18, 8.68, .24, 3.60, 5907, .016, 3.39, .015, 262153),
+  '78M': (20.66, .21, -.19, 8.69, .29, 3.38, 5928, .020, 3.14, .014, 262153),
+  '144M': (20.31, .21, -.19, 8.71, .34, 3.25, 6074, .023, 2.98, .015, 262209),
+  '285M': (20.85, .22, -.20, 8.57, .44, 3.14, 5264, .025, 2.85, .013, 262451),
+  '472M': (21.16, .23, -.19, 8.44, .39, 3.16, 4644, .035, 2.77, .014, 188556),
+  '1B': (25.97, .27, -.23, 8.22, .76, 2.86, 3717, .034, 2.39, .008, 738016),
+  '7B': (27.49, .28, -.22, 8.44, .76, 2.64, 4627, .053, 2.04, .008, 557000),
 }  # fmt: skip
 
 
@@ -136,8 +136,9 @@ def _line(name: str, law: Deceleration, note: str) -> str:
 
 def published(curves: Path | None):
   given = json.loads(curves.read_text()) if curves else None
-  for n, (name, (parameters, derived, rsle, T)) in enumerate(PAPER.items()):
-    law = Deceleration(*parameters)
+  for n, (name, row) in enumerate(PAPER.items()):
+    law = Deceleration(*row[:5])
+    L_d, t_d, r_d, L_hat, rsle, T = row[5:]
     if given is None:
       steps, _ = dynamics.smoothed(np.arange(1, T + 1), np.ones(T), Curve())
       noise = np.random.default_rng(n).normal(0, rsle, len(steps))
@@ -152,12 +153,11 @@ def published(curves: Path | None):
         f'(without noise: parameters within {worst:.0e})'
       )
     else:
-      smooth = given[name]['smoothed_loss']
+      smooth = given[name if name in given else f'OLMo-{name}']['smoothed_loss']
       points = dict(zip(smooth['x'], smooth['y'], strict=True))  # no step twice
       steps = [step for step in points if step > Curve().after]
       found = dynamics.fit_smoothed(steps, [points[s] for s in steps])
       note = f'L_T {found.final_loss:.3f}'
-    L_d, t_d, r_d, L_hat = derived
     print(_line(name, found, note))
     print(
       f'{"paper":>8} t_d {t_d:6,}         L_d {L_d:.2f}            r_d '

@@ -22,7 +22,7 @@ def kept(steps):
 
 @pytest.mark.parametrize('name', PAPER)
 def test_the_published_laws_are_recovered(name):
-  parameters, _, _, T = PAPER[name]
+  parameters, T = PAPER[name][:5], PAPER[name][-1]
   law = Deceleration(*parameters)
   steps = kept(T)
   got = dynamics.fit_smoothed(steps, law.loss(steps))
@@ -35,7 +35,7 @@ def test_the_published_laws_are_recovered(name):
 @pytest.mark.parametrize('name', PAPER)
 def test_what_the_paper_derives_of_its_laws(name):
   """To within what rounding the parameters to two places leaves open."""
-  (b, c0, c1, log_d1, f1), (L_d, t_d, r_d, L_hat), _, T = PAPER[name]
+  b, c0, c1, log_d1, f1, L_d, t_d, r_d, L_hat, _, T = PAPER[name]
   law = Deceleration(b, c0, c1, log_d1, f1)
   assert law.t_d == pytest.approx(t_d, rel=0.0051)
   assert law.r_d == pytest.approx(r_d, abs=0.0105)

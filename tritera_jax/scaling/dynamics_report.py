@@ -67,8 +67,13 @@ def write(runs: Mapping[str, Dynamics], out: str | Path) -> list[Path]:
     figure = Figure()
     _draw_losses(figure.subplots(), runs)
     written += pictures.save(figure, out / 'deceleration')
-    figure = Figure(figsize=(7.5, 4.6))
+    figure = Figure(figsize=(7.5, 4.9))
     _draw_interference(figure.subplots(2, 3), runs)
+    figure.legend(
+      handles=figure.axes[0].get_legend_handles_labels()[0],
+      loc='outside lower center',
+      ncols=2,
+    )
     written += pictures.save(figure, out / 'interference')
   return written
 
@@ -113,7 +118,7 @@ def _draw_losses(axes, runs: Mapping[str, Dynamics]):
     ))  # fmt: skip
     ends = np.array([run.steps[0], law.t_d, run.steps[-1]])
     corner = law.L_d * (ends / law.t_d) ** np.array([-law.c0, 0, -law.r_d])
-    axes.plot(ends, corner, color=colour, lw=0.8, ls=':')
+    axes.plot(ends, corner, color=colour, lw=1, ls=':')
     axes.errorbar(
       law.t_d, law.L_d, xerr=law.errors['t_d'], yerr=law.errors['L_d'],
       color=colour, marker=pictures.MARKERS[run.family], capsize=2,
@@ -190,6 +195,7 @@ def _draw_interference(grid, runs: Mapping[str, Dynamics]):
   projections.set(title='projections on the update')
   for field, line in zip(Projections._fields, _LINES, strict=True):
     projections.plot([], [], color='0.3', ls=line, label=field)
-  D.legend(fontsize=6)
-  histogram.legend(fontsize=6)
-  projections.legend(fontsize=6, ncols=2)
+  histogram.legend(fontsize=7)
+  projections.legend(
+    fontsize=7, ncols=2, handlelength=2.4, frameon=True, edgecolor='none'
+  )
