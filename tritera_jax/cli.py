@@ -493,6 +493,40 @@ def _goodput(args: list[str]):
   tyro.cli(goodput, args=args, prog='tritera goodput')
 
 
+def _dynamics(args: list[str]):
+  from tritera_jax.eval.interference import Tokens
+  from tritera_jax.scaling.dynamics import Curve
+
+  def dynamics(
+    run: Positional[Path],
+    out: Path | None = None,
+    tokens: Tokens = Tokens(),
+    curve: Curve = Curve(),
+  ):
+    """How a run learned: where its loss decelerated, and whether its tokens
+    came to want opposite things.
+
+    Args:
+      run: run folder, trained with --run.keep-powers.
+      out: folder for what is measured, pictures and JSON; default:
+        RUN/dynamics.
+      tokens: held-out tokens that are measured.
+      curve: how the training loss is fitted.
+    """
+    from tritera_jax.eval import interference
+    from tritera_jax.scaling import dynamics_files, dynamics_report
+
+    out = out or run / 'dynamics'
+    bar = functools.partial(tqdm.tqdm, unit='checkpoint', leave=False)
+    interference.collect(run, out, tokens, progress=bar)
+    found = dynamics_files.read(out, curve)
+    print(dynamics_report.text(found))
+    for path in dynamics_report.write({run.name: found}, out):
+      print(path)
+
+  tyro.cli(dynamics, args=args, prog='tritera dynamics')
+
+
 VERBS = {
   'prepare': (_prepare, 'text to a tokenizer and token shards'),
   'train': (_train, 'train an experiment; again: resume it'),
@@ -501,6 +535,7 @@ VERBS = {
   'pack': (_pack, 'ternary weights to 2 or 1.6 bits'),
   'generate': (_generate, 'continue a prompt'),
   'goodput': (_goodput, 'where the time of a run went'),
+  'dynamics': (_dynamics, 'deceleration of a loss, interference of tokens'),
   'show': (_show, "an experiment's size and cost, without running it"),
   'plan': (_plan, 'time, memory and layout of a run on another machine'),
   'scaling': (_scaling, 'laws of finished runs, and what to train next'),

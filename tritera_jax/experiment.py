@@ -266,9 +266,11 @@ class RunConfig:
     save_every: steps between checkpoints; the last step is always saved.
     save_share: most of the time that training may wait for checkpoints: one
       that would exceed it, or come before the last is written, is put off. 1:
-      none is. Those of keep_every, of the last step and of a stop never are.
+      none is. Those kept for good, of the last step and of a stop never are.
     keep: newest checkpoints kept.
     keep_every: also keep those of every so many steps; 0: none.
+    keep_powers: also save and keep those of steps 1, 2, 4, 8, ...: what
+      `tritera dynamics` compares.
     recovery: what is done about a batch whose loss went wrong.
     skip: ranges of batches, first and one past the last, never to train on.
     stall_seconds: longest that a step, a batch, a save, a compilation, an
@@ -308,6 +310,7 @@ class RunConfig:
   save_share: float = 0.1
   keep: int = 2
   keep_every: int = 0
+  keep_powers: bool = False
   recovery: RecoveryConfig = RecoveryConfig()
   skip: tuple[tuple[int, int], ...] = ()
   stall_seconds: float = 1800.0
@@ -349,6 +352,12 @@ class RunConfig:
       raise ValueError(
         f'run.loss_chunk={self.loss_chunk} must be >= 1, or 0 for no chunks'
       )
+
+  def keeps(self, step: int) -> bool:
+    """Whether the checkpoint of a step, from 1 on, is saved and kept."""
+    if self.keep_powers and step & (step - 1) == 0:
+      return True
+    return bool(self.keep_every) and step % self.keep_every == 0
 
 
 @dataclasses.dataclass(frozen=True)

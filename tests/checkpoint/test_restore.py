@@ -137,6 +137,17 @@ def test_some_steps_are_kept_for_good(tmp_path, tiny_data):
   assert {name for name in folders if name.isdigit()} == {'8', '16', '20'}
 
 
+def test_powers_of_two_are_saved_and_kept(tmp_path, tiny_data):
+  experiment = tiny.experiment(
+    tiny_data, tmp_path / 'run', 20, save_every=5, keep=2, keep_powers=True,
+    evaluate_every=0,
+  )  # fmt: skip
+  loop.train(experiment, quiet=True)
+  folders = {p.name for p in (tmp_path / 'run' / 'checkpoints').iterdir()}
+  kept = {int(name) for name in folders if name.isdigit()}
+  assert kept == {1, 2, 4, 8, 16, 20}
+
+
 def test_another_ternary_setting_is_another_experiment(run):
   experiment = save.read_experiment(run)
   other = dataclasses.replace(

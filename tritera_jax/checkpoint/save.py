@@ -25,7 +25,7 @@ from jaxtyping import PyTree
 import orbax.checkpoint as ocp
 
 from tritera_jax import experiment as experiment_lib
-from tritera_jax.experiment import Experiment
+from tritera_jax.experiment import Experiment, RunConfig
 from tritera_jax.model.config import ModelConfig
 from tritera_jax.parallel import digest as digest_lib
 
@@ -35,19 +35,29 @@ _PACKAGES = ('jax', 'jaxlib', 'flax', 'optax', 'orbax-checkpoint', 'numpy')
 Manager = ocp.CheckpointManager
 
 
+@dataclasses.dataclass
+class _Kept(ocp.checkpoint_managers.PreservationPolicy):
+  """The newest checkpoints, and those that a run keeps for good."""
+
+  run: RunConfig
+
+  def should_preserve(self, checkpoints, *, context) -> list[bool]:
+    del context
+    newest = len(checkpoints) - self.run.keep
+    return [
+      n >= newest or self.run.keeps(checkpoint.step)
+      for n, checkpoint in enumerate(checkpoints)
+    ]
+
+
 def manager(
-  folder: Path,
-  keep: int | None = None,
-  keep_every: int = 0,
-  *,
-  alone: bool = False,
+  folder: Path, run: RunConfig | None = None, *, alone: bool = False
 ) -> ocp.CheckpointManager:
   """Orbax's manager of a run folder; saves are asynchronous.
 
   Args:
     folder: the run's.
-    keep: newest checkpoints to keep; None: all.
-    keep_every: also keep those of every so many steps; 0: none.
+    run: says which checkpoints are kept; None: all are.
     alone: to read, each process for itself: one that cannot must not leave the
       others in a barrier.
   """
@@ -62,8 +72,7 @@ def manager(
   return ocp.CheckpointManager(
     (folder / 'checkpoints').resolve(),
     options=ocp.CheckpointManagerOptions(
-      max_to_keep=keep,
-      keep_period=keep_every or None,
+      preservation_policy=_Kept(run) if run else None,
       enable_async_checkpointing=not alone,
       create=not alone,
       cleanup_tmp_directories=not alone,  # what a crash left half written
@@ -80,23 +89,18 @@ def manager(
 
 @contextlib.contextmanager
 def writing(
-  folder: Path,
-  keep: int | None = None,
-  keep_every: int = 0,
-  *,
-  agreed: tuple[type[Exception], ...] = (),
+  folder: Path, run: RunConfig, *, agreed: tuple[type[Exception], ...] = ()
 ) -> Iterator[Manager]:
   """The manager, closed at the end of the block, when all is committed.
 
   Args:
     folder: as of `manager`.
-    keep: as of `manager`.
-    keep_every: as of `manager`.
+    run: as of `manager`.
     agreed: exceptions that all processes raise alike. After another the
       manager is left open, unless this process is the only one: to close it
       is to wait for the others.
   """
-  checkpoints = manager(folder, keep, keep_every)
+  checkpoints = manager(folder, run)
   try:
     yield checkpoints
   except Exception as error:

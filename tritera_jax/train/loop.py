@@ -15,6 +15,7 @@ from tritera_jax.data import loader, shards
 from tritera_jax.experiment import Experiment
 from tritera_jax.parallel import mesh as mesh_lib
 from tritera_jax.parallel import processes, rules
+from tritera_jax.parallel.mesh import MeshConfig
 from tritera_jax.train import goodput, recovery, step, watchdog
 from tritera_jax.train import signals as signals_lib
 from tritera_jax.train.observer import Observer
@@ -56,7 +57,7 @@ def train(experiment: Experiment, *, quiet: bool = False) -> step.TrainState:
       stop_seconds=run.stop_seconds,
     ),
   ):
-    sources = _open_sources(experiment)
+    sources = open_sources(experiment)
     tokenizer = shards.read_tokenizer(experiment.data.path)
     mesh = mesh_lib.make_mesh(experiment.mesh)
     with jax.set_mesh(mesh):
@@ -118,10 +119,7 @@ class _Attempt:
     now = None  # the last update's metrics, number and batch
     with (
       save.writing(
-        self.folder,
-        run.keep,
-        run.keep_every,
-        agreed=(Stopped, recovery.BadBatch),
+        self.folder, run, agreed=(Stopped, recovery.BadBatch)
       ) as self.checkpoints,
       Observer(self.experiment, start, self.quiet, ledger) as observer,
     ):
@@ -188,7 +186,7 @@ class _Attempt:
     run = self.experiment.run
     config = run.recovery
     with save.writing(
-      self.folder, run.keep, run.keep_every, agreed=(FloatingPointError,)
+      self.folder, run, agreed=(FloatingPointError,)
     ) as checkpoints:
       if config.then == 'roll_back':
         _say(recovery.roll_back(self.folder, checkpoints, config, bad))
@@ -208,11 +206,7 @@ class _Attempt:
   def _saves(self, done: int, wish: signals_lib.Wish) -> bool:
     run = self.experiment.run
     self.due |= done % run.save_every == 0
-    if (
-      wish.stop
-      or done == run.steps
-      or (run.keep_every and done % run.keep_every == 0)
-    ):
+    if wish.stop or done == run.steps or run.keeps(done):
       return True
     if self.due and wish.busy and not self.put_off:
       self.put_off = True
@@ -248,14 +242,18 @@ def _say(text: str):
 
 
 def restore_run(
-  folder: str | Path, at: int | None = None, devices: list | None = None
+  folder: str | Path,
+  at: int | None = None,
+  devices: list | None = None,
+  mesh: MeshConfig | None = None,
 ) -> tuple[Experiment, step.TrainState]:
   """Experiment and whole state of a run folder, laid out for training.
 
   Args:
     folder: the run's.
     at: step of a checkpoint; default: the newest.
-    devices: to lay it out on, by the experiment's mesh; default: all.
+    devices: to lay it out on; default: all.
+    mesh: how; default: by the experiment's.
 
   Raises:
     FileNotFoundError: not a run folder, or it has no such checkpoint.
@@ -263,14 +261,14 @@ def restore_run(
       the devices.
   """
   experiment = save.read_experiment(folder)
-  mesh = mesh_lib.make_mesh(experiment.mesh, devices)
-  target = step.abstract_state(experiment, mesh)
+  laid_out = mesh_lib.make_mesh(mesh or experiment.mesh, devices)
+  target = step.abstract_state(experiment, laid_out)
   with restore.committed(folder, at) as (checkpoints, wanted):
     state = restore.restore_state(checkpoints, wanted, experiment.model, target)
   return experiment, state
 
 
-def _open_sources(experiment: Experiment) -> Sequence[shards.TokenSource]:
+def open_sources(experiment: Experiment) -> Sequence[shards.TokenSource]:
   """Every dataset of the mixture, checked against the model and each other."""
   data, model = experiment.data, experiment.model
   first = shards.read_manifest(data.path)
