@@ -64,6 +64,12 @@ def _restore(
     raise DamagedError(f'{where}/{missing[0]} is missing')
   there = _restored(checkpoints, step, model=ocp.args.JsonRestore())['model']
   here = json.loads(json.dumps(dataclasses.asdict(model)))
+  # A field that came later had its default.
+  there = {
+    field.name: field.default
+    for field in dataclasses.fields(model)
+    if field.default is not dataclasses.MISSING
+  } | there
   differing = save.differences(there, here, 'model.')
   if differing:
     raise ValueError(f'{where} is of another model: {"; ".join(differing)}')

@@ -1,0 +1,103 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Which of TriLM's two interventions helps: the rate's, weight decay's, both?
+
+TriLM 1.1B of spectra.py at 100B tokens (arXiv 2407.12327, 3.1 and Fig. 6):
+`both`; `only_decay` (weight decay goes to 0 at two thirds); `only_rate` (the
+peak rate falls at half); `neither`: a line under constant decay.
+"""
+
+import dataclasses
+from pathlib import Path
+import statistics
+import sys
+
+from tritera_jax import experiment as experiment_lib
+from tritera_jax.experiment import (
+  DataConfig,
+  Experiment,
+  OptimizerConfig,
+  RunConfig,
+)
+from tritera_jax.model.config import ModelConfig
+from tritera_jax.ternary.schedule import TriLMSchedule
+from tritera_jax.train import metrics
+
+ARMS = ('both', 'only_decay', 'only_rate', 'neither')
+TOKENS = 100 * 10**9
+SEEDS = 3
+
+MINI = ModelConfig(
+  family='ternary',
+  vocab_size=1024,
+  layers=2,
+  d_model=96,
+  d_ff=256,
+  heads=2,
+  kv_heads=2,
+  head_dim=48,
+  context_length=128,
+)
+MINI_PEAK = 8e-3
+MINI_STEPS = 600
+
+
+def arm(name: str, schedule: TriLMSchedule) -> TriLMSchedule:
+  """The TriLM schedule without the interventions that the arm lacks."""
+  if name not in ('both', 'only_rate'):
+    schedule = dataclasses.replace(schedule, second_peak=schedule.peak)
+  if name not in ('both', 'only_decay'):
+    schedule = dataclasses.replace(schedule, decay_until=1.0)
+  return schedule
+
+
+def paper(name: str) -> Experiment:
+  spectra = Path(__file__).with_name('spectra.py')
+  base = experiment_lib.load(f'{spectra}:trilm_1.1b')
+  schedule = base.optimizer.schedule
+  assert isinstance(schedule, TriLMSchedule)
+  return dataclasses.replace(
+    base,
+    optimizer=OptimizerConfig(arm(name, schedule)),
+    run=dataclasses.replace(
+      base.run,
+      folder=f'runs/schedule_ablation/{name}',
+      steps=TOKENS // base.batch_tokens,
+    ),
+  )
+
+
+def mini(name: str, seed: int, weight_decay: float = 0.0) -> Experiment:
+  full = paper('both')
+  there = full.optimizer.schedule
+  assert isinstance(there, TriLMSchedule)
+  # As much decay over the run as there: rate x decay x steps.
+  weight_decay = weight_decay or (
+    there.weight_decay * there.peak * full.run.steps / (MINI_PEAK * MINI_STEPS)
+  )
+  schedule = TriLMSchedule(
+    MINI_PEAK,
+    MINI_PEAK * there.second_peak / there.peak,
+    warmup_steps=50,
+    weight_decay=round(weight_decay, 2),
+  )
+  return Experiment(
+    MINI,
+    DataConfig('data/mini', 8, 128, seed=seed),
+    OptimizerConfig(arm(name, schedule)),
+    RunConfig(
+      f'runs/schedule_ablation/mini_{name}_{seed}',
+      MINI_STEPS,
+      seed=seed,
+      evaluate_every=MINI_STEPS,
+      evaluate_tokens=2**17,
+      save_every=MINI_STEPS,
+    ),
+  )
+
+
+def sweep() -> dict[str, Experiment]:
+  return {name: paper(name) for name in ARMS} | {
+    f'mini_{name}_{seed}': mini(name, seed)
+    for seed in range(SEEDS)
+    for name in ARMS
+  }
