@@ -66,19 +66,21 @@ def paper(name: str) -> Experiment:
   )
 
 
-def mini(name: str, seed: int, weight_decay: float = 0.0) -> Experiment:
+def mini(name: str, seed: int) -> Experiment:
   full = paper('both')
   there = full.optimizer.schedule
   assert isinstance(there, TriLMSchedule)
-  # As much decay over the run as there: rate x decay x steps.
-  weight_decay = weight_decay or (
-    there.weight_decay * there.peak * full.run.steps / (MINI_PEAK * MINI_STEPS)
-  )
   schedule = TriLMSchedule(
     MINI_PEAK,
     MINI_PEAK * there.second_peak / there.peak,
     warmup_steps=50,
-    weight_decay=round(weight_decay, 2),
+    # As much decay over the run as there: rate x decay x steps.
+    weight_decay=round(
+      there.weight_decay
+      * (there.peak * full.run.steps)
+      / (MINI_PEAK * MINI_STEPS),
+      2,
+    ),
   )
   return Experiment(
     MINI,
@@ -89,7 +91,7 @@ def mini(name: str, seed: int, weight_decay: float = 0.0) -> Experiment:
       MINI_STEPS,
       seed=seed,
       evaluate_every=MINI_STEPS,
-      evaluate_tokens=2**17,
+      evaluate_tokens=2**16,
       save_every=MINI_STEPS,
     ),
   )
@@ -101,3 +103,36 @@ def sweep() -> dict[str, Experiment]:
     for seed in range(SEEDS)
     for name in ARMS
   }
+
+
+def table(folders: list[str]) -> str:
+  """Final held-out losses by arm and seed, and their differences by seed.
+
+  Args:
+    folders: of runs, each named mini_ARM_SEED; of every arm the same seeds.
+  """
+  losses: dict[str, dict[str, float]] = {}
+  for folder in folders:
+    arm, _, seed = Path(folder).name.removeprefix('mini_').rpartition('_')
+    last = metrics.read(folder)[-1]
+    losses.setdefault(arm, {})[seed] = last['held_out_loss']
+  rank = {arm: statistics.mean(of.values()) for arm, of in losses.items()}
+  first, *rest = sorted(rank, key=rank.__getitem__)
+  seeds = sorted(losses[first])
+  lines = [
+    f'{"":<12}' + ''.join(f'  seed {s:<3}' for s in seeds) + '    mean      sd'
+  ]
+  for arm in (first, *rest):
+    values = [losses[arm][seed] for seed in seeds]
+    columns = [*values, rank[arm], statistics.stdev(values)]
+    lines.append(f'{arm:<12}' + ''.join(f'{v:>10.4f}' for v in columns))
+  lines.append(f'\nabove {first}, seed by seed: mean, its standard error')
+  for arm in rest:
+    above = [losses[arm][seed] - losses[first][seed] for seed in seeds]
+    error = statistics.stdev(above) / len(above) ** 0.5
+    lines.append(f'{arm:<12}{statistics.mean(above):>10.4f}{error:>10.4f}')
+  return '\n'.join(lines)
+
+
+if __name__ == '__main__':
+  print(table(sys.argv[1:]))

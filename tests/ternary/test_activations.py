@@ -16,13 +16,13 @@ def test_levels_by_hand():
     [4e-6, -1e-6, 1e-8, 0.0, 0.0, 0.0],  # of 1e-5 / 127: absmax counts as 1e-5
     [0.0] * 6,
   ])  # fmt: skip
-  want = np.array([
+  levels = np.array([
     [127, 0, 2, 2, 0, -127],
     [-127, 64, 0, 1, 0, 127],
     [51, -13, 0, 0, 0, 0],
     [0] * 6,
-  ])
-  want = want * np.array([[127.0], [2.0], [1e-5], [1e-5]]) / 127
+  ])  # fmt: skip
+  want = levels * np.array([[127.0], [2.0], [1e-5], [1e-5]]) / 127
   got = activations.int8_straight_through(x)
   np.testing.assert_allclose(got, want, rtol=1e-6)
 
