@@ -28,6 +28,7 @@ branch takes the whole checkpoint. Unlike schedule_ablation.py: two corpora.
 
 import argparse
 import dataclasses
+import functools
 import json
 from pathlib import Path
 import shutil
@@ -106,6 +107,7 @@ def mini(arm: str, seed: int) -> Experiment:
   )  # fmt: skip
 
 
+@functools.cache
 def _sibling(name: str) -> Experiment:
   return experiment_lib.load(f'{Path(__file__).parent}/{name}')
 
