@@ -10,12 +10,18 @@ The nine Spectra sizes as TriLM and FloatLM, and three of them as BiLM
   command   tritera train experiments/spectra.py:trilm_99m \
               --data.path DATASET --mesh.fsdp -1
             tritera show experiments/spectra.py:trilm_3.9b
+            tritera prepare stdlib data/mini --vocab-size 1024
+            tritera train experiments/spectra.py:mini_trilm_96
 
 TriLM takes 1M tokens a step under the two-intervention schedule, FloatLM 2M
 under a cosine. The papers do not state weight decay, warm-up, Adam's epsilon
 or the clipping norm: those are ours. BiLM's settings are TriLM's (not
-stated either).
+stated either). The minis, for 2 CPU cores, are three widths of two layers, with
+0.6M tokens of the standard library: the same families and schedules, and a
+comparison at 1 to 3 tokens a parameter where the paper has 75 to 3000.
 """
+
+import dataclasses
 
 from tritera_jax.experiment import (
   DataConfig,
@@ -49,6 +55,10 @@ FAMILIES: dict[str, Family] = {
   'bilm': 'binary',
 }
 BILM_SIZES = ('99m', '560m', '1.1b')
+
+MINI_WIDTHS = (64, 96, 128)
+MINI_COSINE = 2e-3
+MINI_PEAKS = (8e-3, 5.5e-3)
 
 
 def spectra(prefix: str, size: str) -> Experiment:
@@ -86,7 +96,44 @@ def spectra(prefix: str, size: str) -> Experiment:
   )
 
 
+def mini(prefix: str, width: int) -> Experiment:
+  base = spectra(prefix, '99m')
+  if prefix == 'floatlm':
+    schedule = CosineSchedule(MINI_COSINE, warmup_steps=50)
+  else:
+    schedule = TriLMSchedule(*MINI_PEAKS, warmup_steps=50)
+  return dataclasses.replace(
+    base,
+    model=dataclasses.replace(
+      base.model,
+      vocab_size=1024,
+      layers=2,
+      d_model=width,
+      d_ff=-(-width * 8 // 3 // 32) * 32,
+      heads=2,
+      kv_heads=2,
+      head_dim=width // 2,
+      context_length=128,
+      dtype='float32',
+    ),
+    data=DataConfig('data/mini', 8, 128),
+    optimizer=OptimizerConfig(schedule),
+    run=RunConfig(
+      f'runs/spectra/mini_{prefix}_{width}',
+      600,
+      evaluate_every=600,
+      evaluate_tokens=2**16,
+      save_every=600,
+    ),
+  )
+
+
 def sweep() -> dict[str, Experiment]:
   names = [(p, s) for p in ('trilm', 'floatlm') for s in SIZES]
   names += [('bilm', size) for size in BILM_SIZES]
-  return {f'{prefix}_{size}': spectra(prefix, size) for prefix, size in names}
+  found = {f'{prefix}_{size}': spectra(prefix, size) for prefix, size in names}
+  return found | {
+    f'mini_{prefix}_{width}': mini(prefix, width)
+    for prefix in FAMILIES
+    for width in MINI_WIDTHS
+  }

@@ -7,13 +7,19 @@ The three TriLMs of Spectra-1.1 (arXiv 2506.23025), called 1B, 2B and 3B there.
   expected  not published as losses; zero-shot ARC-e 62.5, 67.4, 71.9
   command   tritera train experiments/spectra_1_1.py:trilm_3.6b \
               --data.path DATASET --mesh.data 64 --mesh.fsdp -1
+            tritera prepare stdlib data/mini --vocab-size 1024
+            tritera train experiments/spectra_1_1.py:mini_4x
 
 INFERRED, not published: every shape below. 3.6b has the one shape the
 authors' kernel benchmark names (width 3072, SwiGLU 11264, keys and values 768
 wide) with as many layers as give 3.6B; 1.5b and 2.5b are scaled from it.
 Batch, warm-up and context are ours. Unlike spectra.py: QK-norm, grouped
-queries, one peak rate under a cosine, 1.2T tokens.
+queries, one peak rate under a cosine, 1.2T tokens. The minis, for 2 CPU cores,
+keep those and give one small model 0.3M tokens and four times as many, as 1.2T
+is four times Spectra's 300B.
 """
+
+import dataclasses
 
 from tritera_jax.experiment import (
   DataConfig,
@@ -65,5 +71,37 @@ def trilm(size: str) -> Experiment:
   )
 
 
+def mini(times: int) -> Experiment:
+  base = trilm('1.5b')
+  steps = 300 * times
+  return dataclasses.replace(
+    base,
+    model=dataclasses.replace(
+      base.model,
+      vocab_size=1024,
+      layers=2,
+      d_model=96,
+      d_ff=352,
+      heads=4,
+      kv_heads=1,
+      head_dim=24,
+      context_length=128,
+      dtype='float32',
+    ),
+    data=DataConfig('data/mini', 8, 128),
+    optimizer=OptimizerConfig(
+      CosineSchedule(8e-3, warmup_steps=50), epsilon=1e-5
+    ),
+    run=RunConfig(
+      f'runs/spectra_1_1/mini_{times}x',
+      steps,
+      evaluate_every=steps,
+      evaluate_tokens=2**16,
+      save_every=steps,
+    ),
+  )
+
+
 def sweep() -> dict[str, Experiment]:
-  return {f'trilm_{size}': trilm(size) for size in INFERRED_SIZES}
+  suite = {f'trilm_{size}': trilm(size) for size in INFERRED_SIZES}
+  return suite | {f'mini_{times}x': mini(times) for times in (1, 4)}

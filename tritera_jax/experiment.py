@@ -259,6 +259,9 @@ class RunConfig:
     folder: run folder: experiment.json, checkpoints/, metrics.jsonl, ...
     steps: updates in all.
     seed: of the initial parameters.
+    start_from: run folder whose newest parameters are the initial ones, as
+      latents of this run's weight family; '': random ones. Its optimizer,
+      schedule and place in the data are not taken.
     log_every: steps between lines of metrics.
     telemetry_every: steps between ternary statistics.
     evaluate_every: steps between losses on held-out text; 0 is never.
@@ -302,6 +305,7 @@ class RunConfig:
   folder: str
   steps: int
   seed: int = 0
+  start_from: str = ''
   log_every: int = 10
   telemetry_every: int = 100
   evaluate_every: int = 0

@@ -6,6 +6,7 @@ What it would take on a machine is `tritera_jax.plan`.
 
 from tritera_jax.experiment import Experiment
 from tritera_jax.model import flops
+from tritera_jax.model.config import ModelConfig
 
 
 def describe(experiment: Experiment) -> str:
@@ -23,7 +24,7 @@ def describe(experiment: Experiment) -> str:
       f'{model.heads} heads of {model.head_dim} ({model.kv_heads} for k, v), '
       f'vocabulary {model.vocab_size:,} (padded to '
       f'{model.padded_vocab_size:,}), {model.scale_blocks} scale block(s)'
-      f'{", QK-norm" if model.qk_norm else ""}',
+      f'{_variations(model)}',
     ),
     (
       'parameters',
@@ -55,3 +56,15 @@ def describe(experiment: Experiment) -> str:
   ]
   width = max(len(name) for name, _ in lines)
   return '\n'.join(f'{name:<{width}}  {text}' for name, text in lines)
+
+
+def _variations(model: ModelConfig) -> str:
+  """What it has beside a TriLM's parts."""
+  parts = {
+    'QK-norm': model.qk_norm,
+    'squared ReLU': model.mlp_activation == 'relu2',
+    'sub-norms': model.sub_norm,
+    'a norm before each linear layer': model.input_norm,
+    'int8 activations': model.activation_bits == 8,
+  }
+  return ''.join(f', {part}' for part, there in parts.items() if there)

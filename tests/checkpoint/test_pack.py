@@ -247,6 +247,27 @@ def test_only_a_finite_ternary_model_is_packed(tiny_run):
     pack.pack_model(experiment.model, params, format='two_bit')
 
 
+@pytest.mark.parametrize(
+  ('changes', 'message'),
+  [
+    ({'mlp_activation': 'relu2'}, "mlp_activation='relu2' is not known to"),
+    ({'sub_norm': True}, 'model.sub_norm=True is not known to packed models'),
+    ({'input_norm': True}, 'model.input_norm=True is not known to packed'),
+    ({'activation_bits': 8}, "activations='float', and .* give .*'int8'"),
+  ],
+)
+def test_what_packed_models_cannot_express_is_refused(
+  tiny_run, folder, changes, message
+):
+  experiment, params = restore.restore_params(tiny_run)
+  model = dataclasses.replace(experiment.model, **changes)
+  with pytest.raises(ValueError, match=message):
+    pack.pack_model(model, params, format='two_bit')
+  rewrite(folder, {'model': json.dumps(dataclasses.asdict(model))})
+  with pytest.raises(ValueError, match=message):
+    packed_file.read(folder)
+
+
 def test_the_metadata_is_what_the_docstring_says(tiny_run):
   file = tiny_run / 'packed' / 'base_three' / 'model.safetensors'
   with safetensors.safe_open(file, framework='np') as opened:

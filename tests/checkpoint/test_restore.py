@@ -79,6 +79,18 @@ def test_a_checkpoint_of_another_model_is_refused(run, changes, message):
     restore.restore_params(run)
 
 
+def test_a_field_that_came_later_had_its_default(run):
+  file = run / 'checkpoints' / '20' / 'model' / 'metadata'
+  model = json.loads(file.read_text())
+  for field in ('mlp_activation', 'sub_norm', 'input_norm', 'activation_bits'):
+    del model[field]
+  file.write_text(json.dumps(model))
+  restore.restore_params(run)
+  edit_model(run, mlp_activation='relu2')
+  with pytest.raises(ValueError, match="mlp_activation: 'silu' there, 'relu2'"):
+    restore.restore_params(run)
+
+
 @pytest.mark.parametrize(
   ('changes', 'message'),
   [

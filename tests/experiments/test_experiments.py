@@ -1,13 +1,18 @@
 # SPDX-License-Identifier: Apache-2.0
+import dataclasses
+import json
 from pathlib import Path
 
 import jax
+import numpy as np
 import pytest
+import zstandard
 
 from tritera_jax import experiment as experiment_lib
 from tritera_jax import show
 from tritera_jax.model import decoder, flops
 from tritera_jax.ternary.schedule import TriLMSchedule
+from tritera_jax.train import loop, metrics
 
 FOLDER = Path(__file__).parents[2] / 'experiments'
 SPECTRA = f'{FOLDER}/spectra.py'
@@ -85,3 +90,130 @@ def test_a_wrong_name_is_answered_with_the_nearest():
     experiment_lib.load(SPECTRA)
   with pytest.raises(FileNotFoundError, match='no experiment file'):
     experiment_lib.load('experiments/none.py')
+
+
+def module(name):
+  return experiment_lib._load_module(FOLDER / f'{name}.py')
+
+
+# One for each program that differs in more than a number.
+@pytest.mark.parametrize('mini', [
+  'schedule_ablation.py:mini_both_0',
+  'bitnet_b158.py:mini_bitnet_b158_0',
+  'bitnet_b158.py:mini_bitnet_2b4t_0',
+  'spectra.py:mini_floatlm_64',
+  'spectra_1_1.py:mini_1x',
+  'slimpajama.py:mini',
+])  # fmt: skip
+def test_a_mini_trains(mini, tiny_data, tmp_path):
+  mini = experiment_lib.load(f'{FOLDER}/{mini}')
+  sources = tuple((str(tiny_data), w) for _, w in mini.data.mixture)
+  experiment = dataclasses.replace(
+    mini,
+    model=dataclasses.replace(mini.model, vocab_size=384),
+    data=dataclasses.replace(
+      mini.data, path=str(tiny_data), mixture=sources, sequence_length=32
+    ),
+    run=dataclasses.replace(
+      mini.run, folder=str(tmp_path), steps=2, log_every=1,
+      evaluate_tokens=500, tensorboard=False,
+    ),
+  )  # fmt: skip
+  loop.train(experiment, quiet=True)
+  first, second = metrics.read(tmp_path)
+  assert second['held_out_loss'] < first['loss']
+
+
+def test_the_arms_of_the_schedule_ablation_are_the_papers():
+  ablation = module('schedule_ablation')
+  found = {}
+  for name in ablation.ARMS:
+    experiment = ablation.paper(name)
+    assert experiment.tokens == pytest.approx(100e9, rel=1e-5)
+    schedule, steps = experiment.optimizer.schedule, experiment.run.steps
+    at = np.array([0.49, 0.51, 0.66, 0.67]) * steps
+    # On the line to 0, and of the weight decay at first.
+    left = schedule.learning_rate(at, steps) / (1 - at / steps)
+    found[name] = [*np.round(left * 1e4, 1), *(schedule.decay(at, steps) > 0)]
+  high, low, on, off = [13.0] * 4, [13.0, 9.0, 9.0, 9.0], [1] * 4, [1, 1, 1, 0]
+  assert found == {
+    'both': low + off,
+    'only_decay': high + off,
+    'only_rate': low + on,
+    'neither': high + on,
+  }
+
+
+def test_the_mini_ablation_decays_weights_as_much_as_the_papers():
+  ablation = module('schedule_ablation')
+
+  def decayed(experiment):
+    schedule, steps = experiment.optimizer.schedule, experiment.run.steps
+    step = np.arange(steps)
+    rates = schedule.learning_rate(step, steps)
+    return float(np.sum(rates * schedule.decay(step, steps)))
+
+  for arm in ablation.ARMS:
+    mini, paper = ablation.mini(arm, 0), ablation.paper(arm)
+    # But for warm-up, a twelfth of the mini and a hundredth of the paper's.
+    assert decayed(mini) == pytest.approx(decayed(paper), rel=0.1)
+
+
+def test_continual_arms_go_on_from_each_other(tiny_data, tmp_path, monkeypatch):
+  monkeypatch.chdir(tmp_path)
+  continual = module('continual')
+  monkeypatch.setattr(continual, 'CORPORA', (str(tiny_data),) * 2)
+  base = continual.mini('cosine_a', 0)
+  base = dataclasses.replace(
+    base,
+    model=dataclasses.replace(base.model, vocab_size=384, layers=1),
+    data=dataclasses.replace(base.data, sequence_length=32),
+    run=dataclasses.replace(base.run, log_every=1, tensorboard=False),
+  )
+  arms = {
+    arm: continual.member(
+      arm, base, steps=10, peak=1e-2, warmup=1, name=f'mini_{arm}_0'
+    )
+    for arm in ('infinite', 'annealed_a', 'cosine_a', 'rewarmed')
+  }
+  assert not Path('runs/continual/mini_annealed_a_0').exists()
+  losses = {}
+  for name, arm in arms.items():
+    if name == 'annealed_a':
+      continual.branch(arms['infinite'], arm)
+    loop.train(arm, quiet=True)
+    losses[name] = [r['loss'] for r in metrics.read(arm.run.folder)]
+  assert [len(of) for of in losses.values()] == [20, 2, 10, 10]
+  # The branch goes on where it was cut off, at another rate from then on.
+  assert losses['annealed_a'][0] == losses['infinite'][8]
+  # What is warmed up again does not begin at log 384 = 5.95.
+  assert losses['rewarmed'][0] < losses['cosine_a'][3] < 5.9
+
+
+def test_slimpajama_is_the_paper_s_sample_and_is_split_by_subset(tmp_path):
+  slimpajama = module('slimpajama')
+  # Spectra, 3.1: billions of tokens of 300.
+  billions = [156, 80, 16, 13, 13, 12, 10]
+  data = slimpajama.sweep()['trilm_3.9b'].data
+  assert [weight for _, weight in data.mixture] == billions
+  assert sum(billions) == 300
+
+  names = [name for name, _, _ in slimpajama.SUBSETS.values()]
+  lines = [
+    {'text': f'{n}', 'meta': {'redpajama_set_name': names[n % 3]}}
+    for n in range(7)
+  ]
+  file = tmp_path / 'in' / 'train' / 'chunk1' / 'example_0.jsonl.zst'
+  file.parent.mkdir(parents=True)
+  with zstandard.open(file, 'wt') as opened:
+    opened.write(''.join(json.dumps(line) + '\n' for line in lines))
+  for _ in range(2):
+    slimpajama.split(tmp_path / 'in', tmp_path / 'out')
+  text = {}
+  for subset in ('commoncrawl', 'c4', 'github'):
+    place = tmp_path / 'out' / 'train' / subset
+    with zstandard.open(place / 'chunk1-example_0.jsonl.zst', 'rt') as opened:
+      text[subset] = [json.loads(line)['text'] for line in opened]
+  assert text == {
+    'commoncrawl': ['0', '3', '6'], 'c4': ['1', '4'], 'github': ['2', '5'],
+  }  # fmt: skip

@@ -50,6 +50,21 @@ def test_logits_with_and_without_a_cache(name):
   assert relative(jnp.concatenate(pieces, 1), want) < 2e-5
 
 
+def test_a_model_trained_with_int8_activations_runs_with_them():
+  config = dataclasses.replace(VARIANTS['qk_norm'], activation_bits=8)
+  params = parameters(config)
+  model = pack.pack_model(
+    config, params, format='two_bit', activations='int8', head='float'
+  )
+  tokens = tokens_of(2, 12)
+  want, _ = decoder.bind(config, params)(tokens)
+  got, _ = packed.bind(model, cache='float32')(tokens)
+  # Sums in another order move values over halves: some levels differ by one.
+  assert relative(got, want) < 5e-3
+  with pytest.raises(ValueError, match="give activations='int8'"):
+    packed.bind(model, 'float')
+
+
 @pytest.mark.parametrize('activations', ['float', 'int8'])
 def test_joined_and_repacked_matrices_give_the_same_logits(activations):
   config = dataclasses.replace(VARIANTS['grouped'], scale_blocks=2)

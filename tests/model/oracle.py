@@ -4,6 +4,7 @@
 Written from Spectra's description (pre-norm, RMSNorm with gain, RoPE over the
 whole head, SwiGLU, no biases, untied head) and Llama's rotary convention as
 Hugging Face stores it; W is [out, in] and quantised by tests.ternary.oracle.
+BitNet's parts are those of arXiv 2402.17764 and 2504.12285.
 """
 
 import numpy as np
@@ -45,6 +46,10 @@ def decoder(config, params, tokens):
     if config.family != 'float':
       quantise = {'ternary': oracle.ternary, 'binary': oracle.binary}
       _, w, _ = quantise[config.family](w, config.scale_blocks, axis)
+    if config.input_norm:
+      x = rms_norm(x, 1, config.norm_eps)
+    if config.activation_bits:
+      x = oracle.int8(x)
     return x @ w.T
 
   def gain(layer, name, part=None):
@@ -54,7 +59,9 @@ def decoder(config, params, tokens):
   x = wide(p['embed']['embedding'])[tokens]
   T = len(tokens)
   for layer in range(config.layers):
-    y = rms_norm(x, gain(layer, 'attention_norm'), config.norm_eps)
+    y = x
+    if not config.input_norm:
+      y = rms_norm(x, gain(layer, 'attention_norm'), config.norm_eps)
     heads = []
     group = config.heads // config.kv_heads
     h = config.head_dim
@@ -80,9 +87,20 @@ def decoder(config, params, tokens):
         weight = np.exp(score - score.max())
         out[t] = weight / weight.sum() @ v_Th[: t + 1]
       heads.append(out)
-    x = x + linear(np.concatenate(heads, 1), layer, 'attention.o')
-    y = rms_norm(x, gain(layer, 'mlp_norm'), config.norm_eps)
+    y = np.concatenate(heads, 1)
+    if config.sub_norm:
+      y = rms_norm(y, gain(layer, 'sub_norm', 'attention'), config.norm_eps)
+    x = x + linear(y, layer, 'attention.o')
+    y = x
+    if not config.input_norm:
+      y = rms_norm(x, gain(layer, 'mlp_norm'), config.norm_eps)
     gate, up = linear(y, layer, 'mlp.gate'), linear(y, layer, 'mlp.up')
-    x = x + linear(gate / (1 + np.exp(-gate)) * up, layer, 'mlp.down')
+    if config.mlp_activation == 'relu2':
+      y = np.where(gate > 0, gate, 0) ** 2 * up
+    else:
+      y = gate / (1 + np.exp(-gate)) * up
+    if config.sub_norm:
+      y = rms_norm(y, gain(layer, 'sub_norm', 'mlp'), config.norm_eps)
+    x = x + linear(y, layer, 'mlp.down')
   x = rms_norm(x, wide(p['norm']['scale']), config.norm_eps)
   return x @ wide(p['head']['kernel'])

@@ -29,6 +29,11 @@ VARIANTS = {
   'grouped': dataclasses.replace(TINY, kv_heads=2, scale_blocks=3),
   'qk_norm': dataclasses.replace(TINY, qk_norm=True, scale_blocks=6),
   'wide_heads': dataclasses.replace(TINY, head_dim=10, rope_theta=500.0),
+  # BitNet b1.58 of 2024, and what its 2B-4T has; their activations below.
+  'input_norm': dataclasses.replace(TINY, input_norm=True),
+  'sub_norm': dataclasses.replace(
+    TINY, head_dim=10, kv_heads=2, sub_norm=True, mlp_activation='relu2'
+  ),
 }
 
 
@@ -60,6 +65,20 @@ def test_logits_are_those_of_the_numpy_decoder(name):
     )
 
 
+@pytest.mark.parametrize('name', ['input_norm', 'sub_norm'])
+def test_rounded_activations_are_rounded_before_every_linear_layer(name):
+  config = dataclasses.replace(VARIANTS[name], activation_bits=8)
+  params = parameters(config)
+  tokens = np.arange(11)
+  logits, _ = decoder.bind(config, params)(jnp.asarray(tokens, jnp.int32)[None])
+  want = oracle.decoder(config, params, tokens)
+  float_logits = oracle.decoder(VARIANTS[name], params, tokens)
+  size = np.abs(want).max()
+  # Where float32 and float64 fall on two sides of a half, a level differs.
+  assert np.abs(logits[0] - want).max() < 2e-3 * size
+  assert np.abs(want - float_logits).max() > 1e-2 * size
+
+
 @pytest.mark.parametrize('name', ['ternary', 'grouped', 'qk_norm'])
 def test_cached_logits_are_the_uncached_ones(name):
   config = VARIANTS[name]
@@ -81,7 +100,9 @@ def test_cached_logits_are_the_uncached_ones(name):
   )
 
 
-@pytest.mark.parametrize('name', ['ternary', 'binary', 'grouped', 'float'])
+@pytest.mark.parametrize(
+  'name', ['ternary', 'binary', 'grouped', 'float', 'input_norm', 'sub_norm']
+)
 def test_the_effective_float_model_computes_the_same(name):
   config = VARIANTS[name]
   params = parameters(config)

@@ -36,3 +36,8 @@ def test_parameters_by_hand():
   assert flops.parameters(TINY, padded=False) == (
     2 * per_layer + 24 + 2 * 100 * 24
   )
+  # BitNet's norms: no gains, or more of them, before o (4 x 6) and down (36).
+  plain = dataclasses.replace(TINY, input_norm=True)
+  assert flops.parameters(plain) == flops.parameters(TINY) - 2 * 2 * 24
+  more = dataclasses.replace(TINY, sub_norm=True)
+  assert flops.parameters(more) == flops.parameters(TINY) + 2 * (24 + 36)

@@ -43,6 +43,13 @@ def binary(w_mn, blocks=1, axis='out'):
   return join(codes, axis), join(effective, axis), np.array(alphas)
 
 
+def int8(x):
+  """BitNet b1.58's activations, token by token, from its training code."""
+  x = np.asarray(x, np.float64)
+  scale = 127 / np.maximum(np.abs(x).max(-1, keepdims=True), 1e-5)
+  return np.clip(np.rint(x * scale), -128, 127) / scale
+
+
 def layer(x_bn, effective_mn, dy_bm):
   """Y = X W~^T, dX = dY W~, and the straight-through dW = dY^T X."""
   x, dy = np.asarray(x_bn, np.float64), np.asarray(dy_bm, np.float64)

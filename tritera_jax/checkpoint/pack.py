@@ -51,13 +51,14 @@ def pack_model(
       Default: int8 beside int8 activations.
 
   Raises:
-    ValueError: unknown format, a model that is not ternary, or parameters
-      with NaN or infinity.
+    ValueError: unknown format, a model that is not ternary, one that packed
+      models cannot express, or parameters with NaN or infinity.
   """
   if config.family != 'ternary':
     raise ValueError(
       f'model.family={config.family!r} cannot be packed; only ternary can'
     )
+  packed_file.check_expressible(config, activations)
   matrices = {}
   for name, codes_NK, scale, axis in _named_codes(config, params):
     if not bool(jnp.isfinite(scale).all()):

@@ -300,7 +300,36 @@ def _read_metadata(metadata: dict[str, str], file: Path) -> _Stated:
     raise ValueError(f'{file}: metadata model: {error}') from None
   if config.family != 'ternary':
     refuse('model', "family 'ternary'")
+  try:
+    check_expressible(config, activations)
+  except ValueError as error:
+    raise ValueError(f'{file}: metadata model: {error}') from None
   return _Stated(version, config, format, activations, head)
+
+
+def check_expressible(config: ModelConfig, activations: Activations):
+  """Refuses what the fused operations would compute otherwise.
+
+  Raises:
+    ValueError: the model has norms or an MLP that they have not, or was
+      trained with int8 activations and is to run with others.
+  """
+  for field, known in (
+    ('mlp_activation', 'silu'),
+    ('sub_norm', False),
+    ('input_norm', False),
+  ):
+    value = getattr(config, field)
+    if value != known:
+      raise ValueError(
+        f'model.{field}={value!r} is not known to packed models, only '
+        f'{known!r} is; evaluate and generate from the run itself'
+      )
+  if config.activation_bits == 8 and activations != 'int8':
+    raise ValueError(
+      f'activations={activations!r}, and model.activation_bits=8 was trained '
+      "with int8 ones; give activations='int8'"
+    )
 
 
 def tensor_shapes(

@@ -64,6 +64,12 @@ def _restore(
     raise DamagedError(f'{where}/{missing[0]} is missing')
   there = _restored(checkpoints, step, model=ocp.args.JsonRestore())['model']
   here = json.loads(json.dumps(dataclasses.asdict(model)))
+  # A field that came later had its default.
+  there = {
+    field.name: field.default
+    for field in dataclasses.fields(model)
+    if field.default is not dataclasses.MISSING
+  } | there
   differing = save.differences(there, here, 'model.')
   if differing:
     raise ValueError(f'{where} is of another model: {"; ".join(differing)}')
@@ -129,12 +135,16 @@ def _read(checkpoints, step: int, model: ModelConfig, target: Any):
 def _check_digests(checkpoints, step: int, state: Any, digests: dict):
   """All processes must call it: each array is hashed where it lies."""
   for item, tree in save.items(state).items():
-    found = f'{int(save.digest(tree)):08x}'
-    if digests.get(item) != found:
-      raise DamagedError(
-        f'{checkpoints.directory}/{step}/{item} has the digest {found}, not '
-        f'{digests.get(item)} as when it was saved'
-      )
+    _check_digest(checkpoints, step, item, tree, digests)
+
+
+def _check_digest(checkpoints, step: int, item: str, tree: Any, digests: dict):
+  found = f'{int(save.digest(tree)):08x}'
+  if digests.get(item) != found:
+    raise DamagedError(
+      f'{checkpoints.directory}/{step}/{item} has the digest {found}, not '
+      f'{digests.get(item)} as when it was saved'
+    )
 
 
 def restore_newest(
@@ -247,6 +257,26 @@ def restore_params(
       checkpoints, wanted, experiment.model, {'params': target}
     )['params']
   return experiment, params
+
+
+def restore_start(folder: str | Path, target: PyTree) -> Params:
+  """The newest parameters of a run, onto the shardings of `target`.
+
+  All processes must call it. Whether they mean the same to another model is
+  for the caller to say.
+
+  Raises:
+    FileNotFoundError: not a run folder, or it has no checkpoint.
+    ValueError: a leaf is missing, extra or of another shape or dtype than its
+      target: all are named.
+    DamagedError: it cannot be read, or is not what was saved.
+  """
+  model = save.read_experiment(folder).model
+  with committed(folder) as (checkpoints, step):
+    params = _restore(checkpoints, step, model, {'params': target})['params']
+    digests = _restored(checkpoints, step, digests=ocp.args.JsonRestore())
+    _check_digest(checkpoints, step, 'params', params, digests['digests'])
+  return params
 
 
 @contextlib.contextmanager

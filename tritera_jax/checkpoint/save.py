@@ -303,7 +303,7 @@ def check_same(old: Experiment, new: Experiment, folder: Path, done: int = 0):
   # devices, how often to look or save, or how memory is spent. Of a mixture
   # the shares, as far as they were used.
   free = {f'run.{field.name}' for field in dataclasses.fields(new.run)} - {
-    'run.steps', 'run.seed',
+    'run.steps', 'run.seed', 'run.start_from',
   } | {
     'data.path', 'data.max_epochs', 'data.mixture', 'data.reweighted',
   }  # fmt: skip

@@ -12,6 +12,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float32, Int32
 
+from tritera_jax.checkpoint import packed_file
 from tritera_jax.checkpoint.packed_file import PackedModel
 from tritera_jax.model import decoder
 from tritera_jax.model.config import ModelConfig
@@ -195,7 +196,12 @@ def bind(
       where a layer is one call as it is.
     format: what the matrices are repacked to, 'two_bit' or 'base_three', as
       the former takes less work and the latter less memory; default: none.
+
+  Raises:
+    ValueError: the model was trained with other activations.
   """
+  activations = activations or model.activations
+  packed_file.check_expressible(model.config, activations)
   named = {**model.matrices, **model.rest}
   if join is None:
     join = any(d.platform != 'cpu' for d in named['norm'].devices())
@@ -225,6 +231,6 @@ def bind(
     norm=named['norm'],
     head=named['head'],
     config=model.config,
-    activations=activations or model.activations,
+    activations=activations,
     cache=cache or 'bfloat16',
   )

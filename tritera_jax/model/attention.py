@@ -58,6 +58,9 @@ class Attention(nnx.Module):
     if config.qk_norm:
       self.q_norm = layers.rms_norm(config, config.head_dim, rngs=rngs)
       self.k_norm = layers.rms_norm(config, config.head_dim, rngs=rngs)
+    if config.sub_norm:
+      width = config.heads * config.head_dim
+      self.sub_norm = layers.rms_norm(config, width, rngs=rngs)
 
   def __call__(
     self,
@@ -117,4 +120,5 @@ class Attention(nnx.Module):
         cache.v_BSGh.astype(q_BTHh.dtype),
         mask=visible_B1TS,
       )
-    return self.o(y_BTHh.reshape(B, T, -1)), cache
+    y_BTX = y_BTHh.reshape(B, T, -1)
+    return self.o(self.sub_norm(y_BTX) if config.sub_norm else y_BTX), cache

@@ -25,6 +25,9 @@ class LinearSpec(NamedTuple):
 class ModelConfig:
   """A Llama-style decoder of one weight family (Spectra, Table 3).
 
+  Four fields make BitNet b1.58's of it; `experiments/bitnet_b158.py` says which
+  of its two versions takes what.
+
   Invariants: heads is a multiple of kv_heads; head_dim is even (RoPE);
   scale_blocks divides every blocked axis.
 
@@ -34,7 +37,7 @@ class ModelConfig:
       `padded_vocab_size` rows.
     layers: number of blocks, L.
     d_model: width of the residual stream, D.
-    d_ff: width of the SwiGLU, F.
+    d_ff: width of the gated MLP, F.
     heads: query heads, H.
     kv_heads: key and value heads, G; G = H is multi-head attention.
     head_dim: width of a head, h.
@@ -43,6 +46,13 @@ class ModelConfig:
       setting of the model and never an effect of the mesh. Blocks lie along
       outputs for q, k, v, gate, up and along inputs for o, down.
     qk_norm: RMSNorm with gain on each query and key head (Spectra-1.1).
+    mlp_activation: of the MLP's gate: 'silu' (SwiGLU), or 'relu2', ReLU
+      squared.
+    sub_norm: RMSNorm with gain on what o and down take.
+    input_norm: RMSNorm without gain on what every linear layer of a block
+      takes, and none before attention and MLP.
+    activation_bits: 8: what those layers take is rounded to int8, token by
+      token (`ternary.activations`); None: it is not.
     rope_theta: base of the rotary frequencies.
     norm_eps: epsilon of every RMSNorm.
     init_std: standard deviation of initial weights; o and down divide it by
@@ -66,6 +76,10 @@ class ModelConfig:
   context_length: int
   scale_blocks: int = 1
   qk_norm: bool = False
+  mlp_activation: Literal['silu', 'relu2'] = 'silu'
+  sub_norm: bool = False
+  input_norm: bool = False
+  activation_bits: Literal[8] | None = None
   rope_theta: float = 10_000.0
   norm_eps: float = 1e-5
   init_std: float = 0.02

@@ -42,12 +42,18 @@ _SAVED = {
 
 
 class Block(nnx.Module):
-  """x + attention(norm(x)), then x + mlp(norm(x))."""
+  """x + attention(norm(x)), then x + mlp(norm(x)).
+
+  With config.input_norm, the norms are those of the linear layers.
+  """
 
   def __init__(self, config: ModelConfig, *, rngs: nnx.Rngs):
-    self.attention_norm = layers.rms_norm(config, config.d_model, rngs=rngs)
+    self.normed = not config.input_norm
+    if self.normed:
+      self.attention_norm = layers.rms_norm(config, config.d_model, rngs=rngs)
     self.attention = Attention(config, rngs=rngs)
-    self.mlp_norm = layers.rms_norm(config, config.d_model, rngs=rngs)
+    if self.normed:
+      self.mlp_norm = layers.rms_norm(config, config.d_model, rngs=rngs)
     self.mlp = MLP(config, rngs=rngs)
 
   def __call__(
@@ -60,11 +66,11 @@ class Block(nnx.Module):
     # Without this the partitioner may split the width over the mesh.
     tokens = ('batch', 'sequence' if cache is None else None)
     x_BTD = rules.constrain(x_BTD, (*tokens, None))
-    y_BTD, cache = self.attention(
-      self.attention_norm(x_BTD), positions_BT, cache, documents_BT
-    )
+    y_BTD = self.attention_norm(x_BTD) if self.normed else x_BTD
+    y_BTD, cache = self.attention(y_BTD, positions_BT, cache, documents_BT)
     x_BTD = x_BTD + y_BTD
-    return x_BTD + self.mlp(self.mlp_norm(x_BTD)), cache
+    y_BTD = self.mlp_norm(x_BTD) if self.normed else x_BTD
+    return x_BTD + self.mlp(y_BTD), cache
 
   def prepare(self, gather: Gather, kernel: Kernel):
     """Says how devices make the block's matrices whole, and what attends."""

@@ -22,8 +22,12 @@ def embedding_parameters(config: ModelConfig, padded: bool = True) -> int:
 
 def norm_parameters(config: ModelConfig) -> int:
   """Gains of every RMSNorm."""
-  per_head = 2 * config.head_dim if config.qk_norm else 0
-  return config.layers * (2 * config.d_model + per_head) + config.d_model
+  per_block = 0 if config.input_norm else 2 * config.d_model
+  if config.qk_norm:
+    per_block += 2 * config.head_dim
+  if config.sub_norm:
+    per_block += config.heads * config.head_dim + config.d_ff
+  return config.layers * per_block + config.d_model
 
 
 def parameters(config: ModelConfig, padded: bool = True) -> int:

@@ -18,23 +18,28 @@ def linear(config: ModelConfig, name: str, *, rngs: nnx.Rngs) -> FloatLinear:
     # They add to the residual stream 2 L times.
     init_std /= math.sqrt(2 * config.layers)
   if config.family == 'float':
-    return FloatLinear(
+    layer = FloatLinear(
       spec.in_features,
       spec.out_features,
       axes=spec.axes,
       init_std=init_std,
       rngs=rngs,
     )
-  return QuantizedLinear(
-    spec.in_features,
-    spec.out_features,
-    family=config.family,
-    scale_blocks=config.scale_blocks,
-    scale_axis=spec.scale_axis,
-    axes=spec.axes,
-    init_std=init_std,
-    rngs=rngs,
-  )
+  else:
+    layer = QuantizedLinear(
+      spec.in_features,
+      spec.out_features,
+      family=config.family,
+      scale_blocks=config.scale_blocks,
+      scale_axis=spec.scale_axis,
+      axes=spec.axes,
+      init_std=init_std,
+      rngs=rngs,
+    )
+  if config.input_norm:
+    layer.norm_epsilon = config.norm_eps
+  layer.activation_bits = config.activation_bits
+  return layer
 
 
 def rms_norm(

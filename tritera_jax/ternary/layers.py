@@ -12,7 +12,7 @@ N outputs, S scale blocks.
 """
 
 import functools
-from typing import Protocol, runtime_checkable
+from typing import Literal, Protocol, runtime_checkable
 
 from flax import nnx
 import jax
@@ -20,7 +20,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Float32
 
 from tritera_jax.parallel import zigzag
-from tritera_jax.ternary import quantize
+from tritera_jax.ternary import activations, quantize
 from tritera_jax.ternary.quantize import Family, ScaleAxis
 
 
@@ -156,6 +156,8 @@ class FloatLinear(nnx.Module):
     kernel: W.
     axes: its two logical axes.
     exchange: how devices that share W make it whole; None: as XLA does.
+    norm_epsilon: of an RMSNorm without gain that x goes through; None: none.
+    activation_bits: 8: x is rounded to int8, token by token; None: it is not.
   """
 
   def __init__(
@@ -174,8 +176,19 @@ class FloatLinear(nnx.Module):
     )
     self.axes = axes
     self.exchange: Exchange | None = None
+    self.norm_epsilon: float | None = None
+    self.activation_bits: Literal[8] | None = None
+
+  def _taken(self, x: Float[Array, '*batch K']) -> Float[Array, '*batch K']:
+    """What W multiplies."""
+    if self.norm_epsilon is not None:
+      x = activations.rms_normalized(x, self.norm_epsilon)
+    if self.activation_bits is not None:
+      x = activations.int8_straight_through(x)
+    return x
 
   def __call__(self, x: Float[Array, '*batch K']) -> Float[Array, '*batch N']:
+    x = self._taken(x)
     w_KN = self.kernel[...]
     if self.exchange is None:
       return jnp.dot(x, w_KN.astype(x.dtype))
@@ -213,7 +226,7 @@ class QuantizedLinear(FloatLinear):
 
   def __call__(self, x: Float[Array, '*batch K']) -> Float[Array, '*batch N']:
     return straight_through_matmul(
-      x,
+      self._taken(x),
       self.kernel[...],
       family=self.family,
       blocks=self.scale_blocks,

@@ -18,6 +18,7 @@ from tritera_jax.parallel import processes, rules
 from tritera_jax.parallel.mesh import MeshConfig
 from tritera_jax.train import goodput, recovery, step, watchdog
 from tritera_jax.train import signals as signals_lib
+from tritera_jax.train import start as start_lib
 from tritera_jax.train.observer import Observer
 from tritera_jax.train.signals import Stopped
 
@@ -59,6 +60,7 @@ def train(experiment: Experiment, *, quiet: bool = False) -> step.TrainState:
   ):
     sources = open_sources(experiment)
     tokenizer = shards.read_tokenizer(experiment.data.path)
+    start_lib.check(experiment, tokenizer)
     mesh = mesh_lib.make_mesh(experiment.mesh)
     with jax.set_mesh(mesh):
       update = step.jitted(experiment, mesh, votes=jax.process_count() > 1)
@@ -163,7 +165,8 @@ class _Attempt:
     )
     self.saved = None if state is None else int(state.step)
     if state is None:
-      state = step.jitted_init(self.experiment, self.mesh)()
+      given = start_lib.parameters(self.experiment, target.params)
+      state = step.jitted_init(self.experiment, self.mesh)(*given)
     return state
 
   def _judge(self, judge: recovery.Judge, of, state: step.TrainState):

@@ -73,9 +73,10 @@ def abstract_state(experiment: Experiment, mesh: Mesh) -> TrainState:
 
 
 def jitted_init(experiment: Experiment, mesh: Mesh):
-  """`init_state`, made straight into its shards."""
+  """`init_state`, made straight into its shards; parameters may be given."""
   return jax.jit(
-    lambda: init_state(experiment), out_shardings=shardings(experiment, mesh)
+    functools.partial(init_state, experiment),
+    out_shardings=shardings(experiment, mesh),
   )
 
 
@@ -177,9 +178,17 @@ def _check_workers(
     )
 
 
-def init_state(experiment: Experiment) -> TrainState:
-  """The state before the first update; a pure function of run.seed."""
-  params = decoder.init(experiment.model, jax.random.key(experiment.run.seed))
+def init_state(
+  experiment: Experiment, params: PyTree | None = None
+) -> TrainState:
+  """The state before the first update.
+
+  Args:
+    experiment: whose it is.
+    params: default: a pure function of run.seed.
+  """
+  if params is None:
+    params = decoder.init(experiment.model, jax.random.key(experiment.run.seed))
   config = experiment.optimizer
   rule = optimizer.make(config, experiment.run.steps)
   if config.diloco is None:

@@ -1,0 +1,74 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What do BitNet b1.58's norms, int8 activations and schedule give a TriLM?
+
+`trilm` is TriLM 1.1B of schedule_ablation.py, `both`. Of the same shape, on
+the same 100B tokens in the same order:
+
+  bitnet_b158  arXiv 2402.17764 and its "Training Tips, Code and FAQ": before
+               each linear layer an RMSNorm without gain and int8 activations,
+               none before attention and MLP; one scale a matrix; weight decay
+               goes to 0 at half
+  bitnet_2b4t  what microsoft/bitnet-b1.58-2B-4T (2504.12285) has instead:
+               TriLM's norms and, with gain, one before o and one before down;
+               squared ReLU; int8 activations. Not its grouped queries and tied
+               embedding, nor its data
+
+  machine   the paper's ablations: V100 nodes of Summit; here any mesh
+  expected  average of six zero-shot tasks at 100B tokens (Spectra, 3.1): TriLM
+            1.1B 50.2, its replication of BitNet b1.58 1.1B 48.9
+  command   tritera train experiments/bitnet_b158.py:bitnet_b158 \
+              --data.path DATASET --mesh.fsdp -1
+            for the mini, as in schedule_ablation.py, whose dataset and shape
+            it has, and then
+            python experiments/schedule_ablation.py runs/bitnet_b158/mini_*
+
+BitNet's scale is mean|W|, or 1e-5 if that is less; ours, as TriLM's, is
+1e-5 + mean|W|: the codes are those of 2402.17764's equations, which divide by
+that too, the scale is larger by a thousandth or so. Peak rates and warm-up are
+TriLM's for all three.
+"""
+
+import dataclasses
+from pathlib import Path
+from typing import Any
+
+from tritera_jax import experiment as experiment_lib
+from tritera_jax.experiment import Experiment
+
+PARTS: dict[str, dict[str, Any]] = {
+  'trilm': {},
+  'bitnet_b158': {'input_norm': True, 'activation_bits': 8, 'scale_blocks': 1},
+  'bitnet_2b4t': {
+    'sub_norm': True,
+    'mlp_activation': 'relu2',
+    'activation_bits': 8,
+    'scale_blocks': 1,
+  },
+}
+SEEDS = 3
+
+
+def member(name: str, base: Experiment, folder: str) -> Experiment:
+  """The base, a TriLM, with the parts and the schedule of that name."""
+  schedule: Any = base.optimizer.schedule
+  if name != 'trilm':
+    schedule = dataclasses.replace(schedule, decay_until=1 / 2)
+  return dataclasses.replace(
+    base,
+    model=dataclasses.replace(base.model, **PARTS[name]),
+    optimizer=dataclasses.replace(base.optimizer, schedule=schedule),
+    run=dataclasses.replace(base.run, folder=f'runs/bitnet_b158/{folder}'),
+  )
+
+
+def sweep() -> dict[str, Experiment]:
+  ablation = Path(__file__).with_name('schedule_ablation.py')
+  load = lambda name: experiment_lib.load(f'{ablation}:{name}')
+  paper = load('both')
+  found = {name: member(name, paper, name) for name in PARTS}
+  for seed in range(SEEDS):
+    base = load(f'mini_both_{seed}')
+    for name in PARTS:
+      mini = f'mini_{name}_{seed}'
+      found[mini] = member(name, base, mini)
+  return found

@@ -1,0 +1,160 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Which of TriLM's two interventions helps: the rate's, weight decay's, both?
+
+TriLM 1.1B of spectra.py at 100B tokens (arXiv 2407.12327, 3.1 and Fig. 6):
+`both`; `only_decay` (weight decay goes to 0 at two thirds); `only_rate` (the
+peak rate falls at half); `neither`: a line under constant decay.
+
+  machine   the paper: V100 nodes of Summit; here any mesh. The mini, a TriLM of
+            0.34M parameters and 0.49M tokens, three seeds: 2 CPU cores
+  expected  average of six zero-shot tasks: both 50.2, only_decay 50.1,
+            only_rate 49.7, neither 49.1; final training losses in this order
+  command   tritera train experiments/schedule_ablation.py:both \
+              --data.path DATASET --mesh.fsdp -1
+
+            tritera prepare stdlib data/mini --vocab-size 1024
+            tritera sweep experiments/schedule_ablation.py 'mini_*'
+            python experiments/schedule_ablation.py \
+              runs/schedule_ablation/mini_*
+
+RESULT
+
+It differs from spectra.py in tokens and schedule alone.
+"""
+
+import dataclasses
+import functools
+from pathlib import Path
+import statistics
+import sys
+
+from tritera_jax import experiment as experiment_lib
+from tritera_jax.experiment import (
+  DataConfig,
+  Experiment,
+  OptimizerConfig,
+  RunConfig,
+)
+from tritera_jax.model.config import ModelConfig
+from tritera_jax.ternary.schedule import TriLMSchedule
+from tritera_jax.train import metrics
+
+ARMS = ('both', 'only_decay', 'only_rate', 'neither')
+TOKENS = 100 * 10**9
+SEEDS = 3
+
+MINI = ModelConfig(
+  family='ternary',
+  vocab_size=1024,
+  layers=2,
+  d_model=96,
+  d_ff=256,
+  heads=2,
+  kv_heads=2,
+  head_dim=48,
+  context_length=128,
+)
+MINI_PEAK = 8e-3
+MINI_STEPS = 480
+
+
+def arm(name: str, schedule: TriLMSchedule) -> TriLMSchedule:
+  """The TriLM schedule without the interventions that the arm lacks."""
+  if name not in ('both', 'only_rate'):
+    schedule = dataclasses.replace(schedule, second_peak=schedule.peak)
+  if name not in ('both', 'only_decay'):
+    schedule = dataclasses.replace(schedule, decay_until=1.0)
+  return schedule
+
+
+@functools.cache
+def trilm() -> Experiment:
+  spectra = Path(__file__).with_name('spectra.py')
+  return experiment_lib.load(f'{spectra}:trilm_1.1b')
+
+
+def paper(name: str) -> Experiment:
+  base = trilm()
+  schedule = base.optimizer.schedule
+  assert isinstance(schedule, TriLMSchedule)
+  return dataclasses.replace(
+    base,
+    optimizer=OptimizerConfig(arm(name, schedule)),
+    run=dataclasses.replace(
+      base.run,
+      folder=f'runs/schedule_ablation/{name}',
+      steps=TOKENS // base.batch_tokens,
+    ),
+  )
+
+
+def mini(name: str, seed: int) -> Experiment:
+  full = paper('both')
+  there = full.optimizer.schedule
+  assert isinstance(there, TriLMSchedule)
+  schedule = TriLMSchedule(
+    MINI_PEAK,
+    MINI_PEAK * there.second_peak / there.peak,
+    warmup_steps=50,
+    # As much decay over the run as there: rate x decay x steps.
+    weight_decay=round(
+      there.weight_decay
+      * (there.peak * full.run.steps)
+      / (MINI_PEAK * MINI_STEPS),
+      2,
+    ),
+  )
+  return Experiment(
+    MINI,
+    DataConfig('data/mini', 8, 128, seed=seed),
+    OptimizerConfig(arm(name, schedule)),
+    RunConfig(
+      f'runs/schedule_ablation/mini_{name}_{seed}',
+      MINI_STEPS,
+      seed=seed,
+      evaluate_every=MINI_STEPS,
+      evaluate_tokens=2**16,
+      save_every=MINI_STEPS,
+    ),
+  )
+
+
+def sweep() -> dict[str, Experiment]:
+  return {name: paper(name) for name in ARMS} | {
+    f'mini_{name}_{seed}': mini(name, seed)
+    for seed in range(SEEDS)
+    for name in ARMS
+  }
+
+
+def table(folders: list[str]) -> str:
+  """Final held-out losses by arm and seed, and their differences by seed.
+
+  Args:
+    folders: of runs, each named mini_ARM_SEED; of every arm the same seeds.
+  """
+  losses: dict[str, dict[str, float]] = {}
+  for folder in folders:
+    name, _, seed = Path(folder).name.removeprefix('mini_').rpartition('_')
+    last = metrics.read(folder)[-1]
+    losses.setdefault(name, {})[seed] = last['held_out_loss']
+  rank = {name: statistics.mean(of.values()) for name, of in losses.items()}
+  first, *rest = sorted(rank, key=rank.__getitem__)
+  seeds = sorted(losses[first])
+  lines = [
+    f'{"":<12}' + ''.join(f'  seed {s:<3}' for s in seeds) + '    mean      sd'
+  ]
+  for name in (first, *rest):
+    values = [losses[name][seed] for seed in seeds]
+    columns = [*values, rank[name], statistics.stdev(values)]
+    lines.append(f'{name:<12}' + ''.join(f'{v:>10.4f}' for v in columns))
+  lines.append(f'\nabove {first}, seed by seed: mean, its standard error')
+  for name in rest:
+    above = [losses[name][seed] - losses[first][seed] for seed in seeds]
+    error = statistics.stdev(above) / len(above) ** 0.5
+    lines.append(f'{name:<12}{statistics.mean(above):>10.4f}{error:>10.4f}')
+  return '\n'.join(lines)
+
+
+if __name__ == '__main__':
+  print(table(sys.argv[1:]))
