@@ -18,7 +18,7 @@ SOURCES = (ROOT / 'tritera_jax', ROOT / 'kernels' / 'tritera_kernels')
 MAY_IMPORT = {
   '__init__': {
     'checkpoint', 'data', 'eval', 'experiment', 'generate', 'model',
-    'parallel', 'show', 'train', 'tritera_kernels',
+    'parallel', 'quantlm', 'show', 'train', 'tritera_kernels',
   },
   'tritera_kernels': set(),
   'ternary': {'parallel', 'tritera_kernels'},
@@ -42,6 +42,7 @@ MAY_IMPORT = {
     'checkpoint', 'data', 'experiment', 'generate', 'model', 'parallel',
     'ternary', 'train', 'tritera_kernels',
   },
+  'quantlm': {'checkpoint', 'data', 'experiment', 'model'},
   'interop': {'checkpoint', 'experiment', 'model', 'tritera_kernels'},
   'scaling': {'validated'},
   'plan': {'experiment', 'model', 'parallel', 'ternary', 'train'},
@@ -51,7 +52,8 @@ MAY_IMPORT = {
   },
   'cli': {
     'checkpoint', 'data', 'eval', 'experiment', 'generate', 'parallel',
-    'plan', 'quickstart', 'scaling', 'show', 'train', 'tritera_kernels',
+    'plan', 'quantlm', 'quickstart', 'scaling', 'show', 'train',
+    'tritera_kernels',
   },
 }  # fmt: skip
 NOBODY_IMPORTS = {'experiments', 'notebooks', 'tests', 'kernels'}
