@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """What each linear layer is given on a text, and models quantised by it.
 
-A block at a time, as GPTQ does it (arXiv 2210.17323, section 4): sums of x x^T
+A block at a time, as GPTQ does it (arXiv 2210.17323, section 5): sums of x x^T
 are those of the block's own float layers, behind blocks that are quantised
 already; then the quantised block makes the next one's inputs. Kept are one
 residual vector a token, on the host, and one block's sums.
@@ -74,10 +74,10 @@ def block_by_block(
     }
     for x_BTD, tokens_BT in zip(streams, batches, strict=True):
       sums = _add_sums(config, block, x_BTD, tokens_BT, sums)
-    quantizers = {
-      name: quantizer_for(np.asarray(sum_KK)) for name, sum_KK in sums.items()
-    }
+    quantizers = {}
     for name in config.linears:
+      if name in sums:
+        quantizers[name] = quantizer_for(np.asarray(sums[name]))
       kernel_KN = _kernel(block, name)
       kernel_KN[...] = quantizers[_GIVEN_TO.get(name, name)](kernel_KN)
     streams = [
