@@ -26,6 +26,7 @@ best.
 """
 
 import dataclasses
+import math
 from pathlib import Path
 import statistics
 
@@ -33,8 +34,10 @@ import tyro
 
 from tritera_jax import experiment as experiment_lib
 from tritera_jax.checkpoint import save
+from tritera_jax.data import shards
 from tritera_jax.eval import perplexity
 from tritera_jax.experiment import Experiment, OptimizerConfig
+from tritera_jax.generate import load
 from tritera_jax.model import flops
 from tritera_jax.quantlm import run as run_lib
 from tritera_jax.quantlm.run import Quantization
@@ -75,7 +78,7 @@ def main(
   trilm: tyro.conf.Positional[Path],
   draws: int = 3,
   samples: int = 512,
-  stride: int | None = None,
+  tokens: int | None = None,
 ):
   """Prints the table of a FloatLM, what is made of it, and a TriLM.
 
@@ -84,17 +87,27 @@ def main(
     trilm: run folder.
     draws: of calibration text.
     samples: windows of a draw.
-    stride: of held-out windows; default: half a window.
+    tokens: held-out ones to score, from the first; default: all. Bits a byte
+      are by the bytes a token of all of them.
   """
+  source = shards.open_split(perplexity.default_data(floatlm), 'validation')
+  bits_per_nat = source.tokens / source.bytes / math.log(2)
+
+  def loss(folder: Path) -> float:
+    model = load.load(folder).model
+    return perplexity.head_loss(
+      model,
+      source,
+      tokens=tokens or source.tokens,
+      sequence_length=model.config.context_length,
+    )
 
   def row(name: str, bits: float, size: float, folders: list[Path]):
-    scores = [perplexity.evaluate(f, stride=stride) for f in folders]
-    nats = [score.nats_per_token for score in scores]
-    bytes_ = statistics.mean(score.bits_per_byte for score in scores)
+    nats = [loss(folder) for folder in folders]
+    mean = statistics.mean(nats)
     print(
-      f'| {name} | {bits:.2f} | {size / 1e6:,.2f} '
-      f'| {statistics.mean(nats):.4f} | {max(nats) - min(nats):.4f} '
-      f'| {bytes_:.4f} |',
+      f'| {name} | {bits:.2f} | {size / 1e6:,.2f} | {mean:.4f} '
+      f'| {max(nats) - min(nats):.4f} | {mean * bits_per_nat:.4f} |',
       flush=True,
     )
 

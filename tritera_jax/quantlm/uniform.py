@@ -6,9 +6,9 @@
 A scale and a zero belong to a group: neighbouring inputs of one output. They
 cover the group's range, as in GPTQ's experiments (arXiv 2210.17323, section 5),
 with 0 in it, so that 0 has a code; of a symmetric grid, as QuantLM's are
-(Spectra, arXiv 2407.12327), it is the same on both sides of 0. Scales are float16
-numbers, being counted as 16 bits; they are rounded up, so that no weight of the
-group is more than half a step from its code's.
+(Spectra, arXiv 2407.12327), it is the same on both sides of 0. Scales are
+float16 numbers, being counted as 16 bits; they are rounded up, so that no
+weight of the group is more than half a step from its code's.
 
 NumPy, for this is done once. Shapes: K inputs, N outputs, S groups, g inputs of
 a group.
