@@ -48,7 +48,7 @@ def each_matrix(
 def block_by_block(
   config: ModelConfig,
   params: Params,
-  batches: Sequence[Int32[np.ndarray, 'B T']],
+  batches: Sequence[Int32[np.ndarray, '_ T']],
   quantizer_for: Callable[[Float32[np.ndarray, 'K K']], Quantizer],
   progress=iter,
 ) -> Params:
@@ -72,16 +72,18 @@ def block_by_block(
       for name, spec in config.linears.items()
       if name not in _GIVEN_TO
     }
+    placed = jax.device_put(block)
     for x_BTD, tokens_BT in zip(streams, batches, strict=True):
-      sums = _add_sums(config, block, x_BTD, tokens_BT, sums)
+      sums = _add_sums(config, placed, x_BTD, tokens_BT, sums)
     quantizers = {}
     for name in config.linears:
       if name in sums:
         quantizers[name] = quantizer_for(np.asarray(sums[name]))
       kernel_KN = _kernel(block, name)
       kernel_KN[...] = quantizers[_GIVEN_TO.get(name, name)](kernel_KN)
+    placed = jax.device_put(block)
     streams = [
-      np.asarray(_run(config, block, x_BTD, tokens_BT))
+      np.asarray(_run(config, placed, x_BTD, tokens_BT))
       for x_BTD, tokens_BT in zip(streams, batches, strict=True)
     ]
   return {**params, 'layers': jax.device_put(layers)}

@@ -105,7 +105,7 @@ def quantize(
   _check(experiment.model, how.grid, run)
   if out.exists():
     raise FileExistsError(f'{out} is there already; name a folder to be made')
-  experiment, params = restore.restore_params(run, step)
+  _, params = restore.restore_params(run, step)
   batches = ()
   if how.method == 'gptq':
     batches = _text(experiment.data, how, batch_size)
@@ -145,7 +145,7 @@ def quantize_params(
   config: ModelConfig,
   params: Params,
   how: Quantization,
-  batches: Sequence[Int32[np.ndarray, 'B T']] = (),
+  batches: Sequence[Int32[np.ndarray, '_ T']] = (),
   progress=iter,
 ) -> Params:
   """The values that quantised weights stand for, in the place of the weights.
@@ -190,7 +190,7 @@ def _check(config: ModelConfig, grid: Grid, run: Path):
 
 def _text(
   data: DataConfig, how: Quantization, batch_size: int
-) -> list[Int32[np.ndarray, 'B T']]:
+) -> list[Int32[np.ndarray, '_ T']]:
   """Windows of the training data, drawn by the weights of its first batch."""
   batch_size = min(batch_size, how.samples)
   found = loader.batches(

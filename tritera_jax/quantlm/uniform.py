@@ -63,7 +63,7 @@ class Grid:
 
 
 class Quantized(NamedTuple):
-  """A matrix on a grid; G groups along its inputs."""
+  """A matrix on a grid, and what its codes are codes of."""
 
   codes_KN: UInt8[np.ndarray, 'K N']
   scale_SN: Float16[np.ndarray, 'S N']
