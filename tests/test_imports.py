@@ -18,7 +18,7 @@ SOURCES = (ROOT / 'tritera_jax', ROOT / 'kernels' / 'tritera_kernels')
 MAY_IMPORT = {
   '__init__': {
     'checkpoint', 'data', 'eval', 'experiment', 'generate', 'model',
-    'parallel', 'show', 'train', 'tritera_kernels',
+    'parallel', 'quantlm', 'show', 'train', 'tritera_kernels',
   },
   'tritera_kernels': set(),
   'ternary': {'parallel', 'tritera_kernels'},
@@ -43,6 +43,7 @@ MAY_IMPORT = {
     'checkpoint', 'data', 'experiment', 'generate', 'model', 'parallel',
     'ternary', 'train', 'tritera_kernels',
   },
+  'quantlm': {'checkpoint', 'data', 'experiment', 'model'},
   'interop': {'checkpoint', 'experiment', 'model', 'tritera_kernels'},
   'scaling': {'pictures', 'validated'},
   'plan': {'experiment', 'model', 'parallel', 'ternary', 'train'},
@@ -56,7 +57,7 @@ MAY_IMPORT = {
   '__main__': {'cli'},
   'cli': {
     'checkpoint', 'data', 'eval', 'experiment', 'generate', 'parallel',
-    'plan', 'quickstart', 'scaling', 'show', 'sweep', 'train',
+    'plan', 'quantlm', 'quickstart', 'scaling', 'show', 'sweep', 'train',
     'tritera_kernels',
   },
 }  # fmt: skip

@@ -30,6 +30,8 @@ if TYPE_CHECKING:
   from tritera_jax.model.config import ModelConfig
   from tritera_jax.model.quantized import codes_and_scales
   from tritera_jax.parallel.mesh import MeshConfig
+  from tritera_jax.quantlm.run import Quantization
+  from tritera_jax.quantlm.run import quantize as quantize_run
   from tritera_jax.show import describe
   from tritera_jax.train.loop import restore_run
   from tritera_jax.train.loop import train as train_experiment
@@ -42,6 +44,7 @@ _PLACES = {
   'MeshConfig': 'tritera_jax.parallel.mesh',
   'ModelConfig': 'tritera_jax.model.config',
   'OptimizerConfig': 'tritera_jax.experiment',
+  'Quantization': 'tritera_jax.quantlm.run',
   'RunConfig': 'tritera_jax.experiment',
   'Sampling': 'tritera_jax.generate.sampling',
   'check_kernels': 'tritera_kernels.doctor:report',
@@ -55,6 +58,7 @@ _PLACES = {
   'open_split': 'tritera_jax.data.shards',
   'pack_run': 'tritera_jax.checkpoint.pack:pack',
   'prepare_dataset': 'tritera_jax.data.prepare:prepare',
+  'quantize_run': 'tritera_jax.quantlm.run:quantize',
   'restore_params': 'tritera_jax.checkpoint.restore',
   'restore_run': 'tritera_jax.train.loop',
   'stream': 'tritera_jax.generate.load',
@@ -67,6 +71,7 @@ __all__ = [
   'MeshConfig',
   'ModelConfig',
   'OptimizerConfig',
+  'Quantization',
   'RunConfig',
   'Sampling',
   'check_kernels',
@@ -80,6 +85,7 @@ __all__ = [
   'open_split',
   'pack_run',
   'prepare_dataset',
+  'quantize_run',
   'restore_params',
   'restore_run',
   'stream',

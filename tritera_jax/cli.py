@@ -373,6 +373,42 @@ def _pack(args: list[str]):
   tyro.cli(run, args=args, prog='tritera pack')
 
 
+def _quantize(args: list[str]):
+  from tritera_jax.quantlm import run as run_lib
+  from tritera_jax.quantlm.run import Quantization
+
+  def quantize(
+    run: Positional[Path],
+    how: Annotated[Quantization, _BARE],
+    out: Path,
+    step: int | None = None,
+    batch_size: int = 8,
+  ):
+    """Quantises a FloatLM's run after training, to a new run folder.
+
+    Args:
+      run: run folder.
+      how: values and method.
+      out: folder to make: a run to score, with a record, quantized.json.
+      step: which checkpoint; default: the newest.
+      batch_size: windows of text at once.
+    """
+    report = run_lib.quantize(
+      run,
+      out,
+      how,
+      step=step,
+      batch_size=batch_size,
+      progress=functools.partial(tqdm.tqdm, unit='block', leave=False),
+    )
+    print(
+      f'{report.folder}: {report.bits_per_weight:g} bits/weight, '
+      f'{report.size_bits / 1e6:,.1f} Mbit in all'
+    )
+
+  tyro.cli(quantize, args=args, prog='tritera quantize')
+
+
 def _generate(args: list[str]):
   from tritera_kernels.fused import CacheType
   from tritera_kernels.matmul import Activations
@@ -533,6 +569,7 @@ VERBS = {
   'sweep': (_sweep, 'train and score all experiments of a file'),
   'eval': (_eval, 'loss on held-out text'),
   'pack': (_pack, 'ternary weights to 2 or 1.6 bits'),
+  'quantize': (_quantize, "a FloatLM's weights to 8..2 bits, to compare with"),
   'generate': (_generate, 'continue a prompt'),
   'goodput': (_goodput, 'where the time of a run went'),
   'dynamics': (_dynamics, 'deceleration of a loss, interference of tokens'),

@@ -35,11 +35,12 @@ def wide(array):
   return np.asarray(array, np.float64)
 
 
-def decoder(config, params, tokens):
-  """Logits [T, V] of one sequence."""
+def decoder(config, params, tokens, watch=lambda layer, name, x: None):
+  """Logits [T, V] of one sequence; `watch` sees every linear layer's input."""
   p = params
 
   def linear(x, layer, name):
+    watch(layer, name, x)
     part, leaf = name.split('.')
     w = wide(p['layers'][part][leaf]['kernel'][layer]).T
     axis = 'in' if name in COLUMN_BLOCKS else 'out'

@@ -111,9 +111,13 @@ def writing(
 
 
 def items(state: Any) -> dict[str, PyTree]:
-  """The checkpoint's items of arrays: `params`, and the rest of the state."""
+  """The checkpoint's items of arrays: `params`, and the rest of the state.
+
+  Of a state of parameters alone, which nothing trains on, there is no rest.
+  """
   rest = state._asdict()
-  return {'params': rest.pop('params'), 'rest': rest}
+  found = {'params': rest.pop('params'), 'rest': rest}
+  return {name: item for name, item in found.items() if item}
 
 
 def save(

@@ -39,13 +39,18 @@ def parameters(config: ModelConfig, padded: bool = True) -> int:
   )
 
 
-def size_bits(config: ModelConfig) -> float:
+def size_bits(
+  config: ModelConfig, bits_per_weight: float | None = None
+) -> float:
   """Size as the papers count it: 1.58, 1 or 16 bits a linear weight, 16 a rest.
 
-  The vocabulary is counted without its padding.
+  The vocabulary is counted without its padding. `bits_per_weight`: of a linear
+  layer, other than the family's.
   """
+  if bits_per_weight is None:
+    bits_per_weight = PAPER_BITS[config.family]
   rest = embedding_parameters(config, padded=False) + norm_parameters(config)
-  return linear_parameters(config) * PAPER_BITS[config.family] + rest * 16
+  return linear_parameters(config) * bits_per_weight + rest * 16
 
 
 def training_flops_per_token(
