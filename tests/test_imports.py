@@ -23,6 +23,7 @@ MAY_IMPORT = {
   'tritera_kernels': set(),
   'ternary': {'parallel', 'tritera_kernels'},
   'parallel': {'tritera_kernels'},
+  'pictures': set(),
   'validated': set(),
   'data': {'validated'},
   'model': {'ternary', 'parallel', 'tritera_kernels'},
@@ -31,8 +32,8 @@ MAY_IMPORT = {
     'experiment', 'model', 'ternary', 'parallel', 'tritera_kernels',
   },
   'train': {
-    'checkpoint', 'data', 'experiment', 'model', 'parallel', 'ternary',
-    'validated',
+    'checkpoint', 'data', 'experiment', 'model', 'parallel', 'pictures',
+    'ternary', 'validated',
   },
   'generate': {
     'checkpoint', 'data', 'experiment', 'model', 'parallel', 'ternary',
@@ -43,7 +44,7 @@ MAY_IMPORT = {
     'ternary', 'train', 'tritera_kernels',
   },
   'interop': {'checkpoint', 'experiment', 'model', 'tritera_kernels'},
-  'scaling': {'validated'},
+  'scaling': {'pictures', 'validated'},
   'plan': {'experiment', 'model', 'parallel', 'ternary', 'train'},
   'show': {'experiment', 'model'},
   'quickstart': {

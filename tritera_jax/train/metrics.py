@@ -7,13 +7,18 @@
 import functools
 import json
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import jax
 import numpy as np
 
+from tritera_jax import pictures
 from tritera_jax.model import quantized
 from tritera_jax.model.config import ModelConfig
 from tritera_jax.ternary import stats
+
+if TYPE_CHECKING:
+  import matplotlib.figure
 
 
 class MetricsFile:
@@ -93,10 +98,16 @@ def line(record: dict) -> str:
 
 def plot(folder: str | Path) -> Path:
   """Draws loss.png of a run: training and held-out loss, and code flips."""
+  path = Path(folder) / 'loss.png'
+  with pictures.style():
+    _draw(read(folder)).savefig(path)
+  return path
+
+
+def _draw(records: list[dict]) -> 'matplotlib.figure.Figure':
   from matplotlib.figure import Figure  # slow to import
 
-  records = read(folder)
-  figure = Figure(figsize=(7, 4.5), dpi=120, layout='constrained')
+  figure = Figure(figsize=(7, 4.5))
   axes = figure.subplots()
 
   def draw(axes, field, mean_of=1, **style):
@@ -112,23 +123,18 @@ def plot(folder: str | Path) -> Path:
     )
     return True
 
-  draw(axes, 'loss', color='tab:blue', lw=1, alpha=0.3, label='a batch')
-  draw(axes, 'loss', mean_of=10, color='tab:blue', label='mean of ten batches')
-  draw(axes, 'held_out_loss', color='tab:orange', marker='o', ms=4,
-       label='held out')  # fmt: skip
+  draw(axes, 'loss', color='C0', lw=1, alpha=0.3, label='loss of a batch')
+  draw(axes, 'loss', mean_of=10, color='C0', label='mean of ten')
+  draw(axes, 'held_out_loss', color='C1', marker='o', label='held-out loss')
   axes.set(xlabel='step', ylabel='loss (nats a token)')
-  axes.grid(alpha=0.3)
-  twin = axes.twinx()
   # DiLoCo's agreed weights stay as they are between agreements: no logarithm.
-  flips = any(r.get('flip_fraction', 0) > 0 for r in records)
-  if flips and draw(twin, 'flip_fraction', color='tab:green', lw=1, ls='--',
-                    label='codes flipped by one step'):  # fmt: skip
+  if any(r.get('flip_fraction', 0) > 0 for r in records):
+    twin = axes.twinx()
+    draw(twin, 'flip_fraction', color='C2', lw=1, ls='--',
+         label='codes flipped by one step')  # fmt: skip
     twin.set(ylabel='share of codes flipped by one step', yscale='log')
-    handles = axes.get_lines() + twin.get_lines()
-    axes.legend(handles=handles, frameon=False)
-  else:
-    twin.set_axis_off()
-    axes.legend(frameon=False)
-  path = Path(folder) / 'loss.png'
-  figure.savefig(path)
-  return path
+    twin.spines['right'].set_visible(True)
+    twin.grid(False)
+  # Above the axes, where it covers nothing.
+  figure.legend(loc='outside upper left', ncols=4)
+  return figure
