@@ -18,7 +18,7 @@ SOURCES = (ROOT / 'tritera_jax', ROOT / 'kernels' / 'tritera_kernels')
 MAY_IMPORT = {
   '__init__': {
     'checkpoint', 'data', 'eval', 'experiment', 'generate', 'model',
-    'parallel', 'quantlm', 'show', 'train', 'tritera_kernels',
+    'parallel', 'quantlm', 'show', 'ternary', 'train', 'tritera_kernels',
   },
   'tritera_kernels': set(),
   'ternary': {'parallel', 'tritera_kernels'},

@@ -12,10 +12,12 @@ import importlib
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
+  from tritera_jax.checkpoint.pack import latent_fingerprint
   from tritera_jax.checkpoint.pack import pack as pack_run
   from tritera_jax.checkpoint.restore import restore_params
   from tritera_jax.data.prepare import prepare as prepare_dataset
   from tritera_jax.data.shards import open_split
+  from tritera_jax.eval.baselines import all_baselines
   from tritera_jax.eval.perplexity import evaluate
   from tritera_jax.experiment import (
     DataConfig,
@@ -28,14 +30,22 @@ if TYPE_CHECKING:
   from tritera_jax.generate.load import load as load_model
   from tritera_jax.generate.sampling import Sampling
   from tritera_jax.model.config import ModelConfig
+  from tritera_jax.model.flops import linear_parameters
   from tritera_jax.model.quantized import codes_and_scales
+  from tritera_jax.model.quantized import latents as latent_matrices
   from tritera_jax.parallel.mesh import MeshConfig
   from tritera_jax.quantlm.run import Quantization
   from tritera_jax.quantlm.run import quantize as quantize_run
   from tritera_jax.show import describe
+  from tritera_jax.ternary.layers import straight_through_matmul
+  from tritera_jax.ternary.quantize import ternarize
   from tritera_jax.train.loop import restore_run
   from tritera_jax.train.loop import train as train_experiment
+  from tritera_jax.train.metrics import read as read_metrics
+  from tritera_kernels.cpu.library import read_gb_per_s
   from tritera_kernels.doctor import report as check_kernels
+  from tritera_kernels.matmul.api import ternary_matmul
+  from tritera_kernels.packed import pack as pack_codes
 
 # The module of each name, and what it is called there if that is another.
 _PLACES = {
@@ -47,21 +57,31 @@ _PLACES = {
   'Quantization': 'tritera_jax.quantlm.run',
   'RunConfig': 'tritera_jax.experiment',
   'Sampling': 'tritera_jax.generate.sampling',
+  'all_baselines': 'tritera_jax.eval.baselines',
   'check_kernels': 'tritera_kernels.doctor:report',
   'codes_and_scales': 'tritera_jax.model.quantized',
   'complete': 'tritera_jax.generate.load',
   'complete_all': 'tritera_jax.generate.load',
   'describe': 'tritera_jax.show',
   'evaluate': 'tritera_jax.eval.perplexity',
+  'latent_fingerprint': 'tritera_jax.checkpoint.pack',
+  'latent_matrices': 'tritera_jax.model.quantized:latents',
+  'linear_parameters': 'tritera_jax.model.flops',
   'load_experiment': 'tritera_jax.experiment:load',
   'load_model': 'tritera_jax.generate.load:load',
   'open_split': 'tritera_jax.data.shards',
+  'pack_codes': 'tritera_kernels.packed:pack',
   'pack_run': 'tritera_jax.checkpoint.pack:pack',
   'prepare_dataset': 'tritera_jax.data.prepare:prepare',
   'quantize_run': 'tritera_jax.quantlm.run:quantize',
+  'read_gb_per_s': 'tritera_kernels.cpu.library',
+  'read_metrics': 'tritera_jax.train.metrics:read',
   'restore_params': 'tritera_jax.checkpoint.restore',
   'restore_run': 'tritera_jax.train.loop',
+  'straight_through_matmul': 'tritera_jax.ternary.layers',
   'stream': 'tritera_jax.generate.load',
+  'ternarize': 'tritera_jax.ternary.quantize',
+  'ternary_matmul': 'tritera_kernels.matmul.api',
   'train_experiment': 'tritera_jax.train.loop:train',
 }
 
@@ -74,21 +94,31 @@ __all__ = [
   'Quantization',
   'RunConfig',
   'Sampling',
+  'all_baselines',
   'check_kernels',
   'codes_and_scales',
   'complete',
   'complete_all',
   'describe',
   'evaluate',
+  'latent_fingerprint',
+  'latent_matrices',
+  'linear_parameters',
   'load_experiment',
   'load_model',
   'open_split',
+  'pack_codes',
   'pack_run',
   'prepare_dataset',
   'quantize_run',
+  'read_gb_per_s',
+  'read_metrics',
   'restore_params',
   'restore_run',
+  'straight_through_matmul',
   'stream',
+  'ternarize',
+  'ternary_matmul',
   'train_experiment',
 ]
 
