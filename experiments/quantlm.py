@@ -3,9 +3,9 @@
 
 QuantLM (arXiv 2407.12327): the linear weights of a trained FloatLM in 8, 6, 4
 and 3 bits, by GPTQ on 512 windows of its training text, the mean of three draws
-of them; beside it rounding to nearest, and the TriLM of the same shape. As in the paper grids are symmetric, 4 and 3 bits
-have a scale for 128 inputs (4.25 and 3.25 bits with it), 8 and 6 one for each
-output.
+of them; beside it rounding to nearest, and the TriLM of the same shape. As in
+the paper grids are symmetric, 4 and 3 bits have a scale for 128 inputs (4.25
+and 3.25 bits with it), 8 and 6 one for each output.
 
   machine   mini: two CPU cores, two runs of 500 steps, 75 s each by families.py
             (the table was not timed in quiet); the suite: as spectra.py says
@@ -31,7 +31,8 @@ output.
             (and so with runs/spectra/floatlm_3.9b and trilm_3.9b)
 
 The mini runs differ from quickstart.py in steps and, of the FloatLM, in its
-family and its schedule: the paper's cosine, at the better of two peaks in families.py.
+family and its schedule: the paper's cosine, at the better of two peaks in
+families.py.
 """
 
 import dataclasses
