@@ -1,6 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """Eight host devices, so that sharding is tested everywhere."""
 
+from collections.abc import Callable
+import fcntl
 import os
 import tempfile
 
@@ -12,14 +14,17 @@ if _DEVICES not in os.environ.get('XLA_FLAGS', ''):
     f'{os.environ.get("XLA_FLAGS", "")} {_DEVICES}=8'.strip()
   )
 
-# Many tests train the same model: it is compiled once a session, also for the
-# processes that tests start.
-_CACHE = tempfile.TemporaryDirectory(prefix='jax-cache-')
-os.environ |= {
-  'JAX_COMPILATION_CACHE_DIR': _CACHE.name,
-  'JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS': '0.5',
-  'JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES': '-1',
-}
+# Many tests train the same model: it is compiled once a session, for all of
+# xdist's workers, which inherit this, and for the processes that tests start.
+if 'PYTEST_XDIST_WORKER' not in os.environ:
+  _CACHE = tempfile.TemporaryDirectory(prefix='jax-cache-')
+  os.environ |= {
+    'JAX_COMPILATION_CACHE_DIR': _CACHE.name,
+    # A cache with a limit is locked: others never read half an entry.
+    'JAX_COMPILATION_CACHE_MAX_SIZE': str(2**33),
+    'JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS': '0.5',
+    'JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES': '-1',
+  }
 
 from pathlib import Path
 
@@ -45,16 +50,33 @@ def pytest_collection_modifyitems(items):
         )
 
 
+def _made_once(tmp_path_factory, name: str, make: Callable[[Path], object]):
+  """The folder `name`, made by the first of xdist's workers that wants it."""
+  shared = tmp_path_factory.getbasetemp()
+  if 'PYTEST_XDIST_WORKER' in os.environ:
+    shared = shared.parent
+  folder, made = shared / name, shared / f'{name}.made'
+  with (shared / f'{name}.lock').open('w') as lock:
+    fcntl.flock(lock, fcntl.LOCK_EX)
+    if not made.exists():
+      make(folder)
+      made.touch()
+  return folder
+
+
 @pytest.fixture(scope='session')
 def tiny_data(tmp_path_factory) -> Path:
-  return tiny.dataset(tmp_path_factory.mktemp('tiny') / 'data')
+  """A dataset, to be read and not written."""
+  return _made_once(tmp_path_factory, 'tiny_data', tiny.dataset)
 
 
 @pytest.fixture(scope='session')
-def tiny_run(tiny_data) -> Path:
+def tiny_run(tiny_data, tmp_path_factory) -> Path:
   """A trained and packed run, to be read and not written."""
-  folder = tiny_data.parent / 'run'
-  loop.train(tiny.experiment(tiny_data, folder, 20), quiet=True)
-  for format in ('two_bit', 'base_three'):
-    pack.pack(folder, format)
-  return folder
+
+  def make(folder: Path):
+    loop.train(tiny.experiment(tiny_data, folder, 20), quiet=True)
+    for format in ('two_bit', 'base_three'):
+      pack.pack(folder, format)
+
+  return _made_once(tmp_path_factory, 'tiny_run', make)

@@ -50,9 +50,13 @@ MAY_IMPORT = {
   'quickstart': {
     'checkpoint', 'data', 'eval', 'experiment', 'generate', 'show', 'train',
   },
+  'sweep': {
+    'checkpoint', 'data', 'eval', 'experiment', 'model', 'scaling', 'train',
+  },
+  '__main__': {'cli'},
   'cli': {
     'checkpoint', 'data', 'eval', 'experiment', 'generate', 'parallel',
-    'plan', 'quantlm', 'quickstart', 'scaling', 'show', 'train',
+    'plan', 'quantlm', 'quickstart', 'scaling', 'show', 'sweep', 'train',
     'tritera_kernels',
   },
 }  # fmt: skip

@@ -146,6 +146,55 @@ def _train(args: list[str]):
   _with_overrides('train', args, train)
 
 
+def _sweep(args: list[str]):
+  from tritera_jax import experiment as experiment_lib
+  from tritera_jax import sweep as sweep_lib
+  from tritera_jax.experiment import Experiment
+
+  split = args.index('--') if '--' in args else len(args)
+  args, overrides = args[:split], args[split + 1 :]
+
+  def sweep(
+    file: Positional[str],
+    patterns: Positional[tuple[str, ...]] = (),
+    array: bool = False,
+    *,
+    out: Path,
+  ):
+    """Trains and scores a file's sweep, run by run, into OUT/runs.jsonl.
+
+    Again, it goes on where it was. What follows ' -- ' changes fields of
+    every experiment, as for `tritera train`.
+
+    Args:
+      file: experiment file with a sweep().
+      patterns: of names, such as 'mini_*'; none: all.
+      array: print a SLURM job array of a task for each run instead.
+      out: folder for the run folders and their table.
+    """
+    members = {
+      name: tyro.cli(
+        Experiment,
+        default=experiment,
+        args=overrides,
+        prog=f'tritera sweep {file} --',
+        config=(tyro.conf.AvoidSubcommands,),
+      )
+      for name, experiment in sweep_lib.chosen(
+        experiment_lib.load_sweep(file), patterns
+      ).items()
+    }
+    if array:
+      print(sweep_lib.job_array(file, list(members), out, overrides), end='')
+      return
+    say = functools.partial(print, flush=True)
+    failed = sweep_lib.sweep(file, members, out, overrides, say)
+    if failed:
+      raise ValueError(f'{len(failed)} runs failed: {", ".join(failed)}')
+
+  tyro.cli(sweep, args=args, prog='tritera sweep')
+
+
 def _show(args: list[str]):
   from tritera_jax.experiment import Experiment
 
@@ -454,6 +503,7 @@ def _goodput(args: list[str]):
 VERBS = {
   'prepare': (_prepare, 'text to a tokenizer and token shards'),
   'train': (_train, 'train an experiment; again: resume it'),
+  'sweep': (_sweep, 'train and score all experiments of a file'),
   'eval': (_eval, 'loss on held-out text'),
   'pack': (_pack, 'ternary weights to 2 or 1.6 bits'),
   'quantize': (_quantize, "a FloatLM's weights to 8..2 bits, to compare with"),

@@ -438,10 +438,6 @@ def load(path: str) -> Experiment:
   """
   file, _, name = path.partition('.py:')
   file = Path(file if not name else file + '.py')
-  if file.suffix != '.py' or not file.is_file():
-    raise FileNotFoundError(
-      f'no experiment file {file} (a .py file, or file.py:name)'
-    )
   module = _load_module(file)
   if hasattr(module, 'sweep'):
     sweep = module.sweep()
@@ -459,7 +455,24 @@ def load(path: str) -> Experiment:
   return module.experiment()
 
 
+def load_sweep(file: str) -> dict[str, Experiment]:
+  """The experiments of a Python file's sweep, by name.
+
+  Raises:
+    FileNotFoundError: there is no such file.
+    ValueError: the file defines no sweep.
+  """
+  module = _load_module(Path(file))
+  if not hasattr(module, 'sweep'):
+    raise ValueError(f'{file} has no sweep(); it takes names to experiments')
+  return module.sweep()
+
+
 def _load_module(file: Path) -> types.ModuleType:
+  if file.suffix != '.py' or not file.is_file():
+    raise FileNotFoundError(
+      f'no experiment file {file} (a .py file, or file.py:name)'
+    )
   spec = importlib.util.spec_from_file_location(file.stem, file)
   assert spec is not None and spec.loader is not None  # it ends in .py
   module = importlib.util.module_from_spec(spec)

@@ -237,7 +237,7 @@ def write_experiment(
     there, record = read_experiment(folder), json.loads(file.read_text())
     was = record.get('sources', [])
     sources = list(sources) or was
-    _check_same(there, experiment, folder, done)
+    check_same(there, experiment, folder, done)
     _check_sources(was, sources, experiment, done)
     if there.data.schedule == experiment.data.schedule and was == sources:
       return
@@ -287,7 +287,18 @@ def latest_step(folder: str | Path) -> int | None:
   return max(ocp.utils.checkpoint_steps(checkpoints), default=None)
 
 
-def _check_same(old: Experiment, new: Experiment, folder: Path, done: int):
+def check_same(old: Experiment, new: Experiment, folder: Path, done: int = 0):
+  """Refuses to go on with a run as another experiment.
+
+  Args:
+    old: of the run's folder.
+    new: what is to be run.
+    folder: the run's.
+    done: batches that were made, for which the mixture may not change.
+
+  Raises:
+    ValueError: results would differ; every differing field is named.
+  """
   # Of the run, what changes a result; never where data lie and on how many
   # devices, how often to look or save, or how memory is spent. Of a mixture
   # the shares, as far as they were used.

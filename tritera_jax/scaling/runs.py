@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """Finished runs as rows of a table: what laws are fitted to.
 
-A table is JSON lines, `runs.jsonl`; `tritera sweep` appends a row when a run
-is done. Rows of others' runs can be written by hand.
+A table is JSON lines, `runs.jsonl`, which `tritera sweep` writes. Rows of
+others' runs can be written by hand.
 """
 
 from collections.abc import Iterable
@@ -78,15 +78,23 @@ def read(*places: str | Path) -> list[Run]:
         f'{file} is not there; `tritera sweep` writes {FILE} into its folder'
       )
     for number, line in enumerate(file.read_text().splitlines(), start=1):
-      run = validated.from_json(_RUN, line, f'{file}, line {number}')
+      run = parse(line, f'{file}, line {number}')
       if run.name in runs:
         raise ValueError(f'{file}, line {number}: a second run {run.name!r}')
       runs[run.name] = run
   return list(runs.values())
 
 
-def append(folder: str | Path, runs: Iterable[Run]):
-  """Adds rows to the table of a folder."""
-  with (Path(folder) / FILE).open('a') as file:
-    for run in runs:
-      file.write(json.dumps(dataclasses.asdict(run)) + '\n')
+def parse(text: str, source: str) -> Run:
+  """A row; a ValueError names `source` and what is wrong with it."""
+  return validated.from_json(_RUN, text, source)
+
+
+def write(folder: str | Path, runs: Iterable[Run]) -> Path:
+  """Makes `runs` the table of a folder."""
+  file = Path(folder) / FILE
+  partial = file.with_suffix('.partial')
+  partial.write_text(
+    ''.join(json.dumps(dataclasses.asdict(run)) + '\n' for run in runs)
+  )
+  return partial.rename(file)

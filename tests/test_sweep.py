@@ -1,0 +1,112 @@
+# SPDX-License-Identifier: Apache-2.0
+import os
+import subprocess
+
+import pytest
+
+from tritera_jax import cli
+from tritera_jax.checkpoint import save
+from tritera_jax.eval import perplexity
+from tritera_jax.scaling import runs
+
+SWEEP = """
+import dataclasses
+from pathlib import Path
+
+def sweep():
+  small = tiny.experiment(Path({data!r}), Path('unused'), 2)
+  small = dataclasses.replace(small, mesh=type(small.mesh)())
+  wide = dataclasses.replace(small.model, vocab_size=400)
+  return {{
+    'small': small,
+    'other_tokenizer': dataclasses.replace(small, model=wide),
+    'longer': tiny.with_run(small, steps=4),
+  }}
+"""
+
+
+@pytest.fixture(scope='module')
+def file(tiny_data, tmp_path_factory):
+  file = tmp_path_factory.mktemp('sweep') / 'file.py'
+  file.write_text(SWEEP.format(data=str(tiny_data)))
+  return file
+
+
+@pytest.fixture(scope='module')
+def swept(file):
+  out = file.parent / 'out'
+  code = cli.main(
+    ['sweep', str(file), 'small', '*other*', '--out', str(out), '--',
+     '--run.seed', '3']
+  )  # fmt: skip
+  return out, code
+
+
+def test_what_is_trained_stands_in_the_table(swept):
+  out, _ = swept
+  (row,) = runs.read(out)
+  assert (row.name, row.family, row.seed) == ('small', 'ternary', 3)
+  assert row.tokens == 2 * 8 * 32
+  # By hand: q and o 48 x 48, k and v 48 x 24, gate, up, down 48 x 96; gains of
+  # two norms and of 12 for q and k; the last norm.
+  block = 2 * 48 * 48 + 2 * 48 * 24 + 3 * 48 * 96
+  without = 2 * (block + 2 * 48 + 2 * 12) + 48
+  assert row.parameters_without_embeddings == without
+  assert row.parameters == without + 2 * 384 * 48
+  assert row.bits == 2 * block * 1.58 + (row.parameters - 2 * block) * 16
+  loss = perplexity.evaluate(out / 'small')
+  assert row.held_out_loss == pytest.approx(loss.nats_per_token)
+  assert row.bits_per_byte == pytest.approx(loss.bits_per_byte)
+  assert save.latest_step(out / 'small') == 2
+
+
+def test_one_that_fails_is_named_and_does_not_stop_the_others(swept):
+  out, code = swept
+  assert code == 1
+  assert not (out / 'other_tokenizer' / 'result.json').exists()
+
+
+def test_again_it_runs_nothing_that_is_there(file, swept, capsys):
+  out, _ = swept
+  result = out / 'small' / 'result.json'
+  before = result.stat().st_mtime_ns
+  (out / 'runs.jsonl').unlink()
+  call = ['sweep', str(file), 'small', '--out', str(out)]
+  assert cli.main([*call, '--', '--run.seed', '3']) == 0
+  assert result.stat().st_mtime_ns == before
+  assert len(runs.read(out)) == 1
+  # The same name, but not the same experiment: nothing is mixed up.
+  assert cli.main(call) == 1
+  assert 'run.seed: 3 there, 0 here' in capsys.readouterr().err
+
+
+def test_a_pattern_that_fits_nothing(file, capsys):
+  assert cli.main(['sweep', str(file), 'smal', '--out', 'unused']) == 1
+  assert "nothing fits 'smal'" in capsys.readouterr().err
+
+
+def test_a_job_array_has_a_task_for_each(file, tmp_path, capsys):
+  cli.main(['sweep', str(file), '--array', '--out', 'o u t', '--',
+            '--data.path', 'my data', '--run.seed', '3'])  # fmt: skip
+  script = capsys.readouterr().out
+  assert '#SBATCH --array=0-2\n' in script
+  for name, body in (
+    ('srun', 'printf "%s\\n" "$@"; exit 75'),
+    ('scontrol', 'echo "$@"'),
+  ):
+    (tmp_path / name).write_text(f'#!/bin/bash\n{body}\n')
+    (tmp_path / name).chmod(0o755)
+  done = subprocess.run(
+    ['bash', '-c', script],
+    env={
+      'PATH': f'{tmp_path}:{os.environ["PATH"]}',
+      'SLURM_ARRAY_TASK_ID': '2', 'SLURM_JOB_ID': '47',
+    },
+    text=True,
+    capture_output=True,
+  )  # fmt: skip
+  assert done.returncode == 75
+  assert done.stdout.splitlines() == [
+    'tritera', 'sweep', str(file), 'longer', '--out', 'o u t', '--',
+    '--data.path', 'my data', '--run.seed', '3', 'requeue 47',
+  ]  # fmt: skip
