@@ -202,4 +202,8 @@ def _text(
   )
   full, left = divmod(how.samples, batch_size)
   rows = [batch_size] * full + [left] * bool(left)
-  return [found[n]['tokens'][:count, :-1] for n, count in enumerate(rows)]
+  endless = loader.iterate(found, 0, prefetch=0)
+  return [
+    batch['tokens'][:count, :-1]
+    for count, batch in zip(rows, endless, strict=False)
+  ]
