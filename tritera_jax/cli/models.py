@@ -1,0 +1,208 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Verbs that take a run or a packed model."""
+
+import functools
+from pathlib import Path
+import sys
+from typing import Annotated, Literal
+
+import tqdm
+import tyro
+from tyro.conf import Positional
+
+from tritera_jax.cli.arguments import BARE
+
+
+def evaluate(args: list[str]):
+  from tritera_kernels.matmul import Activations
+
+  def evaluate(
+    path: Positional[Path],
+    data: str | None = None,
+    split: str = 'validation',
+    sequence_length: int | None = None,
+    stride: int | None = None,
+    batch_size: int = 16,
+    activations: Activations | None = None,
+    baselines: bool = False,
+  ):
+    """Loss of a run or a packed model on a split of a dataset.
+
+    Args:
+      path: run folder or packed folder.
+      data: dataset folder or bucket URL; default: the run's own.
+      split: of the dataset.
+      sequence_length: tokens a window; default: the model's context.
+      stride: tokens scored a window; default: half a window.
+      batch_size: windows at once.
+      activations: of a packed model: float, bfloat16 or int8; default: its
+        record's.
+      baselines: also gzip, xz and a unigram model on the same text.
+    """
+    from tritera_jax.eval import baselines as baselines_lib
+    from tritera_jax.eval import perplexity
+
+    data = data or perplexity.default_data(path)
+    print(
+      perplexity.evaluate(
+        path,
+        data,
+        split=split,
+        sequence_length=sequence_length,
+        stride=stride,
+        batch_size=batch_size,
+        activations=activations,
+        progress=functools.partial(tqdm.tqdm, unit='batch', leave=False),
+      )
+    )
+    if baselines:
+      for name, bits in baselines_lib.all_baselines(data, split).items():
+        print(f'{name}: {bits:.4f} bits/byte')
+
+  tyro.cli(evaluate, args=args, prog='tritera eval')
+
+
+def pack(args: list[str]):
+  from tritera_jax.checkpoint import pack
+  from tritera_jax.checkpoint.packed_file import Head
+  from tritera_kernels.matmul import Activations
+
+  def run(
+    run: Positional[Path],
+    format: Literal['two_bit', 'base_three'] = 'two_bit',
+    step: int | None = None,
+    activations: Activations = 'float',
+    head: Head | None = None,
+  ):
+    """Packs a run's ternary weights into RUN/packed/FORMAT.
+
+    Args:
+      run: run folder.
+      format: two_bit or base_three.
+      step: which checkpoint; default: the newest.
+      activations: what the packed model is to be run with: float, bfloat16 or
+        int8.
+      head: int8 also rounds head and embedding; default: if activations are.
+    """
+    report = pack.pack(
+      run, format, step=step, activations=activations, head=head
+    )
+    print(
+      f'{report.folder}: {report.bits_per_weight:.3f} bits/weight, '
+      f'{report.file_bytes:,} bytes, {report.fingerprint}'
+    )
+
+  tyro.cli(run, args=args, prog='tritera pack')
+
+
+def quantize(args: list[str]):
+  from tritera_jax.quantlm import run as run_lib
+  from tritera_jax.quantlm.run import Quantization
+
+  def quantize(
+    run: Positional[Path],
+    how: Annotated[Quantization, BARE],
+    out: Path,
+    step: int | None = None,
+    batch_size: int = 8,
+  ):
+    """Quantises a FloatLM's run after training, to a new run folder.
+
+    Args:
+      run: run folder.
+      how: values and method.
+      out: folder to make: a run to score, with a record, quantized.json.
+      step: which checkpoint; default: the newest.
+      batch_size: windows of text at once.
+    """
+    report = run_lib.quantize(
+      run,
+      out,
+      how,
+      step=step,
+      batch_size=batch_size,
+      progress=functools.partial(tqdm.tqdm, unit='block', leave=False),
+    )
+    print(
+      f'{report.folder}: {report.bits_per_weight:g} bits/weight, '
+      f'{report.size_bits / 1e6:,.1f} Mbit in all'
+    )
+
+  tyro.cli(quantize, args=args, prog='tritera quantize')
+
+
+def generate(args: list[str]):
+  from tritera_kernels.fused import CacheType
+  from tritera_kernels.matmul import Activations
+
+  def generate(
+    path: Positional[Path],
+    prompt: tyro.conf.UseAppendAction[tuple[str, ...]] = (),
+    new_tokens: int = 64,
+    temperature: float = 0.0,
+    top_k: int = 0,
+    top_p: float = 1.0,
+    min_p: float = 0.0,
+    repetition_penalty: float = 1.0,
+    stop: tyro.conf.UseAppendAction[tuple[str, ...]] = (),
+    seed: int = 0,
+    activations: Activations | None = None,
+    cache: CacheType | None = None,
+    format: Literal['two_bit', 'base_three'] | None = None,
+  ):
+    """Continues a prompt, or several.
+
+    Args:
+      path: run folder or packed folder.
+      prompt: text to continue; may be repeated. Without it: stdin or, on a
+        terminal, each line typed, until an empty one (Ctrl-C ends a text).
+      new_tokens: most tokens to add.
+      temperature: 0 takes the most likely token.
+      top_k: sample from the k most likely tokens; 0 from all.
+      top_p: sample from the most likely tokens of total probability p.
+      min_p: sample from tokens at least min_p times as likely as the first.
+      repetition_penalty: above 1 makes tokens already there less likely.
+      stop: text that ends the continuation, such as $'\\n'; may be repeated.
+      seed: of sampling.
+      activations: of a packed model: float, bfloat16 or int8; default: its
+        record's.
+      cache: of a packed model, what keys and values are rounded to: bfloat16,
+        int8 or float32 (slow); default: bfloat16.
+      format: of a packed model, two_bit or base_three to repack it when it is
+        read: two_bit is less work, base_three less memory.
+    """
+    from tritera_jax.generate import launch
+
+    launch.set_xla_flags()
+    from tritera_jax.generate import load, terminal
+    from tritera_jax.generate.sampling import Sampling
+
+    terminal.run(
+      load.load(path, activations=activations, cache=cache, format=format),
+      prompt,
+      stdin=sys.stdin,
+      write=functools.partial(print, end='', flush=True),
+      new_tokens=new_tokens,
+      sampling=Sampling(temperature, top_k, top_p, min_p, repetition_penalty),
+      seed=seed,
+      stop=stop,
+    )
+
+  tyro.cli(generate, args=args, prog='tritera generate')
+
+
+def doctor(args: list[str]):
+  def doctor(*, measure: bool = True):
+    """Proves the kernels that this machine would use on golden vectors.
+
+    Args:
+      measure: time the C++ kernels beside the memory they read, too.
+    """
+    from tritera_kernels import doctor
+
+    text, healthy = doctor.report(measure=measure)
+    print(text)
+    if not healthy:
+      raise SystemExit(1)
+
+  tyro.cli(doctor, args=args, prog='tritera doctor')
