@@ -34,7 +34,7 @@ def least(model, losses, start):
 
 
 def test_a_profiles_ends_are_where_scipys_squares_have_risen():
-  """S(end) = S (1 + F / degrees), Bates and Watts, eq. 6.3, by brute force."""
+  """S(end) = S (1 + F / degrees), by brute force."""
   some = of_n_noisy()
   found = fit.power_law(some)
   allowed = 2 * found.objective * (1 + stats.f.ppf(0.9, 1, 5) / 5)
