@@ -31,7 +31,7 @@ def every_experiment():
     module = experiment_lib._load_module(file)
     if hasattr(module, 'sweep'):
       yield from (f'{file}:{name}' for name in module.sweep())
-    else:
+    elif hasattr(module, 'experiment'):  # some train nothing
       yield str(file)
 
 

@@ -43,10 +43,10 @@ class HeldOut:
   @property
   def inside(self) -> int:
     """Runs that lie in their intervals."""
-    return sum(
-      each.low <= loss <= each.high
-      for each, loss in zip(self.foretold, self.points.losses, strict=True)
-    )
+    ends = [(each.low, each.high) for each in self.foretold]
+    low_R, high_R = np.transpose(ends)
+    losses_R = self.points.losses
+    return int(((low_R <= losses_R) & (losses_R <= high_R)).sum())
 
 
 def held_out(

@@ -198,7 +198,8 @@ def in_units(
 def natural(form: Form, theta: Array) -> Array:
   """Constants (..., P) as laws have them, from theta."""
   logs = [not name.startswith(('alpha', 'beta')) for name in form.names]
-  return np.where(logs, np.exp(np.where(logs, theta, 0)), theta)
+  with np.errstate(over='ignore'):  # inf is what an interval may end at
+    return np.where(logs, np.exp(np.where(logs, theta, 0)), theta)
 
 
 def law_of(fit: Fit, theta: Array, family: str) -> Law:

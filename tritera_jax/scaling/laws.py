@@ -16,13 +16,16 @@ two families that is the same law, with more this one has fewer constants and
 says something of bits that nobody has trained with.
 """
 
+from collections.abc import Sequence
 import dataclasses
 import math
-from typing import Literal, Self
+from typing import Literal
 
 import numpy as np
-from numpy.typing import ArrayLike, NDArray
+from numpy.typing import NDArray
 
+Numbers = int | float | Sequence[int | float] | np.number | np.ndarray
+Losses = float | NDArray[np.float64]
 Counted = Literal['all', 'without_embeddings']
 MILLION, BILLION = 1e6, 1e9
 
@@ -49,7 +52,7 @@ class PowerLaw:
   def __post_init__(self):
     _finite(self)
 
-  def __call__(self, parameters: ArrayLike) -> NDArray[np.float64]:
+  def __call__(self, parameters: Numbers) -> Losses:
     """Nats a token at so many parameters."""
     return self.E + self.A * np.asarray(parameters, float) ** -self.alpha
 
@@ -57,7 +60,7 @@ class PowerLaw:
   def of_units(
     cls, *, parameters: float, E: float, A: float, alpha: float,
     counted: Counted,
-  ) -> Self:  # fmt: skip
+  ) -> 'PowerLaw':  # fmt: skip
     """From constants for N in units of so many parameters."""
     return cls(E, A * parameters**alpha, alpha, counted)
 
@@ -92,16 +95,14 @@ class ChinchillaLaw:
   def __post_init__(self):
     _finite(self)
 
-  def __call__(
-    self, parameters: ArrayLike, tokens: ArrayLike
-  ) -> NDArray[np.float64]:
+  def __call__(self, parameters: Numbers, tokens: Numbers) -> Losses:
     """Nats a token of so many parameters after so many tokens."""
     sizes, data = self.terms(parameters, tokens)
     return self.E + sizes + data
 
   def terms(
-    self, parameters: ArrayLike, tokens: ArrayLike
-  ) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
+    self, parameters: Numbers, tokens: Numbers
+  ) -> tuple[Losses, Losses]:
     """Nats that parameters leave, and that tokens leave."""
     return (
       self.A * np.asarray(parameters, float) ** -self.alpha,
@@ -112,7 +113,7 @@ class ChinchillaLaw:
   def of_units(
     cls, *, parameters: float, tokens: float, E: float, A: float,
     alpha: float, B: float, beta: float, counted: Counted,
-  ) -> Self:  # fmt: skip
+  ) -> 'ChinchillaLaw':  # fmt: skip
     """From constants for N and D in units of so many."""
     return cls(E, A * parameters**alpha, alpha, B * tokens**beta, beta, counted)
 
@@ -143,13 +144,13 @@ class BitsLaw:
     _finite(self)
 
   def __call__(
-    self, parameters: ArrayLike, tokens: ArrayLike, bits_per_weight: ArrayLike
-  ) -> NDArray[np.float64]:
+    self, parameters: Numbers, tokens: Numbers, bits_per_weight: Numbers
+  ) -> Losses:
     """Nats a token, each weight of a layer carrying so many bits."""
     effective = np.asarray(parameters, float) * self.capacity(bits_per_weight)
     return self.float_law(effective, tokens)
 
-  def capacity(self, bits_per_weight: ArrayLike) -> NDArray[np.float64]:
+  def capacity(self, bits_per_weight: Numbers) -> Losses:
     """Parameters without quantisation that one with so many bits is worth."""
     return -np.expm1(-np.asarray(bits_per_weight, float) / self.gamma)
 

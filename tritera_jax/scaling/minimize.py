@@ -27,6 +27,7 @@ Array = NDArray[np.float64]
 _ITERATIONS = 500
 _TOLERANCE = 1e-9  # of the objective that a step may still gain
 _LONGEST = 1.0  # step in any constant
+_STEEPEST = 20.0  # exponent: a step at one end of the runs is no steeper
 
 
 @dataclasses.dataclass(frozen=True)
@@ -147,6 +148,8 @@ def minimize(
   theta, damping = theta_KP.copy(), np.full(K, 1e-3)
   value = objective(form, theta, y_KR, w_KR, delta)
   active = np.arange(K)
+  exponent = [name.startswith(('alpha', 'beta')) for name in form.names]
+  bound = np.where(free & exponent, _STEEPEST, np.inf)
   for _ in range(_ITERATIONS):
     part = theta[active], y_KR[active], w_KR[active]
     grad, hess, scale = derivatives(form, *part, delta)
@@ -161,7 +164,7 @@ def minimize(
     longest = np.abs(step).max(-1, keepdims=True)
     step *= np.minimum(1.0, _LONGEST / np.maximum(longest, 1e-300))
     gain = -(grad * step).sum(-1) / 2
-    tried = part[0] + step
+    tried = np.clip(part[0] + step, -bound[active], bound[active])
     new = objective(form, tried, part[1], part[2], delta)
     better = new < value[active]
     won = active[better]

@@ -1,14 +1,13 @@
 # SPDX-License-Identifier: Apache-2.0
 """Losses to fit a law to, and what is asked of them first."""
 
-from collections.abc import Collection, Iterable
+from collections.abc import Collection, Iterable, Sequence
 import dataclasses
-from typing import Self
 
 import numpy as np
-from numpy.typing import ArrayLike, NDArray
+from numpy.typing import NDArray
 
-from tritera_jax.scaling.laws import Counted
+from tritera_jax.scaling.laws import Counted, Numbers
 from tritera_jax.scaling.runs import Run
 
 
@@ -46,7 +45,7 @@ class Points:
     return len(self.names)
 
   @classmethod
-  def of_runs(cls, runs: Iterable[Run], counted: Counted) -> Self:
+  def of_runs(cls, runs: Iterable[Run], counted: Counted) -> 'Points':
     """Final held-out losses of runs."""
     runs = list(runs)
     field = {
@@ -64,9 +63,9 @@ class Points:
 
   @classmethod
   def of_arrays(
-    cls, parameters: ArrayLike, losses: ArrayLike, *, family: str,
-    counted: Counted, tokens: ArrayLike = float('nan'),
-  ) -> Self:  # fmt: skip
+    cls, parameters: Numbers, losses: Numbers, *, family: str,
+    counted: Counted, tokens: Numbers = float('nan'),
+  ) -> 'Points':  # fmt: skip
     """Losses of one family, from elsewhere: numbers in ones, broadcast."""
     N_R, D_R, loss_R = (
       np.ravel(each)
@@ -79,7 +78,7 @@ class Points:
     names = tuple(f'{family}_{n}' for n in range(len(loss_R)))
     return cls(names, (family,) * len(loss_R), N_R, D_R, loss_R, counted)
 
-  def take(self, keep: ArrayLike) -> Self:
+  def take(self, keep: Sequence | np.ndarray) -> 'Points':
     """Those of a mask or of indices (R,)."""
     index = np.arange(len(self))[np.asarray(keep)]
     return dataclasses.replace(
@@ -91,7 +90,7 @@ class Points:
       losses=self.losses[index],
     )
 
-  def and_then(self, more: Self) -> Self:
+  def and_then(self, more: 'Points') -> 'Points':
     """These, and then others.
 
     Raises:
@@ -99,7 +98,7 @@ class Points:
     """
     if more.counted != self.counted:
       raise ValueError(
-        f'N counts parameters {more.counted!r} here and {self.counted!r} '
+        f'N counts parameters {self.counted!r} here and {more.counted!r} '
         'there: count them alike'
       )
     return dataclasses.replace(
@@ -111,7 +110,7 @@ class Points:
       losses=np.append(self.losses, more.losses),
     )
 
-  def of_families(self, families: Collection[str]) -> Self:
+  def of_families(self, families: Collection[str]) -> 'Points':
     """Those of some families."""
     return self.take([family in families for family in self.families])
 
