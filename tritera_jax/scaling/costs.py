@@ -13,7 +13,7 @@ from tritera_jax.scaling.laws import Counted, Numbers
 from tritera_jax.scaling.runs import Run
 
 Array = NDArray[np.float64]
-Amount = np.float64 | Array
+Amount = float | Array
 
 # Sizes without embeddings that costs are tabulated at, and interpolated in
 # logarithms between: to 1e-5, from one parameter to 1e18.
