@@ -75,7 +75,7 @@ def test_least_squares_are_scipys(law):
 
 @pytest.mark.parametrize('seed', range(3))
 def test_hubers_minimum_is_no_higher_than_that_of_l_bfgs(seed):
-  """2203.15556, eq. 11, written out; L-BFGS is started at the truth."""
+  """2203.15556, 3.3, written out; L-BFGS is started at the truth."""
   some = noisy(TRILM, seed)
 
   def chinchilla_objective(theta):

@@ -34,7 +34,7 @@ def least(model, losses, start):
 
 
 def test_a_profiles_ends_are_where_scipys_squares_have_risen():
-  """S(end) = S (1 + F / degrees), Bates and Watts, eq. 6.3, by brute force."""
+  """S(end) = S (1 + F / degrees), by brute force."""
   some = of_n_noisy()
   found = fit.power_law(some)
   allowed = 2 * found.objective * (1 + stats.f.ppf(0.9, 1, 5) / 5)
@@ -184,3 +184,33 @@ def test_lack_of_fit_tells_a_wrong_law_from_noise():
   wrong = checks.lack_of_fit(fit.power_law(twice))
   assert wrong is not None and wrong.p < 1e-6
   assert checks.lack_of_fit(fit.chinchilla(noisy(TRILM))) is None
+
+
+def test_the_ends_of_gamma_are_where_scipys_squares_have_risen():
+  """Two families in bits: what each end leaves to the other five constants."""
+  ternary, floating = laws.BITS['ternary'], laws.BITS['float']
+  law = laws.BitsLaw(FLOATLM, gamma=1.7)
+  of_ternary = dataclasses.replace(noisy(TRILM), losses=noise_of(law, ternary))
+  of_float = points(noise_of(law, floating, 1), 'float')
+  both = of_ternary.and_then(of_float)
+  found = fit.in_bits(both, delta=SQUARES)
+  end = intervals.profile(found, level=0.8, **UNITS)['gamma']
+  allowed = 2 * found.objective * (1 + stats.f.ppf(0.8, 1, 34) / 34)
+  at = found.constants(**UNITS)
+  start = [np.log(at['E']), np.log(at['A']), at['alpha'], np.log(at['B']),
+           at['beta']]  # fmt: skip
+  bits = np.repeat([ternary, floating], 20)
+  for gamma in (end.low, end.high):
+    x = both.parameters / 1e6 * (1 - np.exp(-bits / gamma))
+    squares = least(
+      lambda t, x=x: np.exp(t[0])
+      + np.exp(t[1]) * x ** -t[2]
+      + np.exp(t[3]) * (both.tokens / 1e9) ** -t[4],
+      both.losses, start,
+    )  # fmt: skip
+    assert squares == pytest.approx(allowed, rel=0.01)
+
+
+def noise_of(law, bits, seed=0):
+  random = np.random.default_rng(seed).normal(size=20)
+  return law(PARAMETERS, TOKENS, bits) * np.exp(0.005 * random)

@@ -126,7 +126,7 @@ class LackOfFit:
 
 
 def lack_of_fit(fit: Fit) -> LackOfFit | None:
-  """F test against repeats (Draper and Smith, Applied Regression, 1.5).
+  """F test against repeats (Draper and Smith, Applied Regression Analysis).
 
   None where no configuration was run with two seeds.
   """

@@ -9,9 +9,9 @@ minimised over all other constants, has risen by no more than
 with psi the slope of Huber's loss and expectations over normal noise as large
 as the residuals say (R runs, P constants). For least squares the last factor
 is the noise's variance and the region that of Bates and Watts (Nonlinear
-Regression Analysis, 1988, 6.1.2); for Huber's loss it is the likelihood-ratio
-test of M-estimators (Hampel et al., Robust Statistics, 1986, 7.2). A constant
-that the runs do not bound has an end at 0 or inf.
+Regression Analysis, 1988, chapter 6); for Huber's loss it is the test of
+M-estimators by their objective (Hampel et al., Robust Statistics, 1986,
+chapter 7). A constant that the runs do not bound has an end at 0 or inf.
 
 experiments/recovery.py counts how often each kind of interval here covers.
 """
@@ -48,7 +48,7 @@ class Interval:
 
   Attributes:
     estimate: of the fit.
-    low: end; 0 where a constant that is no exponent is not bounded.
+    low: end; where it is not bounded 0, or -inf for an exponent.
     high: end; inf where it is not bounded.
     level: 0.9 misses one in ten.
   """

@@ -2,7 +2,7 @@
 """Laws of the loss: frozen constants that are called with N, D and bits.
 
   PowerLaw       L(N)       = E + A / N^alpha              (Spectra, eq. 1)
-  ChinchillaLaw  L(N, D)    = E + A / N^alpha + B / D^beta (2203.15556, eq. 10)
+  ChinchillaLaw  L(N, D)    = E + A / N^alpha + B / D^beta (2203.15556, 3.3)
   BitsLaw        L(N, D, b) = the same of N (1 - exp(-b / gamma)) parameters
 
 Losses are nats a token. N counts parameters and D tokens in ones, never in
