@@ -92,7 +92,7 @@ def test_budgets_are_kept_together_as_brute_force_finds(law):
 
 def test_gpu_days_are_flops():
   # 10 days of 989e12 FLOP/s at 40 %: 10 * 86400 * 989e12 * 0.4 = 3.418e20.
-  days = plan.Budget(gpu_days=10, gpu_flops_per_second=989e12, mfu=0.4)
+  days = plan.Budget(gpu_days=10.0, gpu_flops_per_second=989e12, mfu=0.4)
   assert days.flops == pytest.approx(3.418e20, rel=1e-3)
   assert one(TRILM, days).training_flops == pytest.approx(3.418e20, rel=1e-3)
 

@@ -6,13 +6,14 @@ import dataclasses
 import functools
 
 import numpy as np
-from numpy.typing import ArrayLike, NDArray
+from numpy.typing import NDArray
 from scipy import optimize
 
-from tritera_jax.scaling.laws import Counted
+from tritera_jax.scaling.laws import Counted, Numbers
 from tritera_jax.scaling.runs import Run
 
 Array = NDArray[np.float64]
+Amount = float | Array
 
 # Sizes without embeddings that costs are tabulated at, and interpolated in
 # logarithms between: to 1e-5, from one parameter to 1e18.
@@ -33,11 +34,11 @@ class Growth:
   exponent: float
   worst: float = 0.0
 
-  def __call__(self, size: ArrayLike) -> Array:
+  def __call__(self, size: Numbers) -> Amount:
     return self.coefficient * np.asarray(size, float) ** self.exponent
 
   @classmethod
-  def through(cls, sizes: ArrayLike, amounts: ArrayLike) -> 'Growth':
+  def through(cls, sizes: Numbers, amounts: Numbers) -> 'Growth':
     """By least squares of logarithms; proportional where one size is all."""
     x, y = np.asarray(sizes, float), np.asarray(amounts, float)
     if not y.any():
@@ -100,24 +101,24 @@ class Shapes:
     """N at the end of the table."""
     return float(self._counted[-1])
 
-  def body(self, parameters: ArrayLike) -> Array:
+  def body(self, parameters: Numbers) -> Amount:
     """Parameters without embeddings of models of N."""
     if self.counted == 'without_embeddings':
       return np.asarray(parameters, float)
     return _between(parameters, self._counted, _BODY)
 
-  def total(self, parameters: ArrayLike) -> Array:
+  def total(self, parameters: Numbers) -> Amount:
     """All parameters of models of N."""
     body = self.body(parameters)
     return body + self.embeddings(body)
 
-  def flops_per_token(self, parameters: ArrayLike) -> Array:
+  def flops_per_token(self, parameters: Numbers) -> Amount:
     """FLOPs of training models of N, forward and backward."""
     body = self.body(parameters)
     head = self.flops_per_embedding * self.embeddings(body)
     return self.flops_per_body * body + head
 
-  def invert(self, cost: Callable[[Array], Array], limit: ArrayLike) -> Array:
+  def invert(self, cost: Callable[[Array], Amount], limit: Numbers) -> Amount:
     """The largest N, to 1e18, whose rising cost keeps to a limit."""
     return _between(limit, cost(self._counted), self._counted)
 
@@ -166,15 +167,15 @@ class Serving:
     """A weight of a layer, as it is served."""
     return getattr(self, f'{family}_bits')
 
-  def bytes(self, family: str, shapes: Shapes, parameters: ArrayLike) -> Array:
+  def bytes(self, family: str, shapes: Shapes, parameters: Numbers) -> Amount:
     """Bytes of the weights of models of N."""
     body = shapes.body(parameters)
     embeddings = shapes.embeddings(body)
     return (self.bits(family) * body + self.embedding_bits * embeddings) / 8
 
   def joules_per_token(
-    self, family: str, shapes: Shapes, parameters: ArrayLike
-  ) -> Array:
+    self, family: str, shapes: Shapes, parameters: Numbers
+  ) -> Amount:
     """Energy that models of N take for one token of a batch."""
     body = shapes.body(parameters)
     head = self.embedding_read * shapes.embeddings(body)
@@ -187,6 +188,6 @@ class Serving:
     )
 
 
-def _between(x: ArrayLike, xs: Array, ys: Array) -> Array:
+def _between(x: Numbers, xs: Amount, ys: Amount) -> Amount:
   """Interpolates logarithms in a table; 0 before it, its last after it."""
   return np.exp(np.interp(np.log(x), np.log(xs), np.log(ys), left=-np.inf))

@@ -118,7 +118,9 @@ def compare(
       float(costs[n](f.parameters[1])) for n, f in pair.items()
     )
     grid = np.geomspace(low, high, 200 * (_ROWS - 1) + 1)
-    sizes = {name: shapes.invert(costs[name], grid) for name in pair}
+    sizes = {
+      name: np.asarray(shapes.invert(costs[name], grid)) for name in pair
+    }
     losses = {name: pair[name].table(sizes[name], tokens) for name in pair}
     one, other = losses.values()
     won = (one < other)[min(1, len(one) - 1) :].mean(0)

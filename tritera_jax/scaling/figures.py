@@ -290,7 +290,8 @@ def _shade(family: str, n: int, count: int) -> str:
   full = np.array(colors.to_rgb(pictures.COLOURS[family]))
   share = 0.45 + 0.75 * n / max(count - 1, 1)  # 1 is the colour itself
   shade = 1 - share * (1 - full) if share <= 1 else full * (2 - share)
-  return colors.to_hex(shade)
+  r, g, b = (float(each) for each in shade)
+  return colors.to_hex((r, g, b))
 
 
 def _labels_at_end(panel: Any, ends: list[tuple[float, str, Any]], what: str):

@@ -17,11 +17,11 @@ _PICTURES = {
 
 
 def interval(interval: Interval, form: Callable = '{:.3g}'.format) -> str:
-  """An estimate with its ends."""
+  """An estimate with its ends; ? where there are no draws."""
   if interval.high - interval.low < 1e-6 * abs(interval.estimate):
     return form(interval.estimate)
   low, high = (
-    form(end) if math.isfinite(end) else 'no bound' if end == math.inf else '?'
+    form(end) if math.isfinite(end) else '?' if math.isnan(end) else 'no bound'
     for end in (interval.low, interval.high)
   )
   return f'{form(interval.estimate)} ({low} to {high})'

@@ -11,26 +11,27 @@ import functools
 from typing import Any
 
 import numpy as np
-from numpy.typing import ArrayLike, NDArray
+from numpy.typing import NDArray
 
 from tritera_jax.scaling.costs import Serving, Shapes
 from tritera_jax.scaling.intervals import Interval
+from tritera_jax.scaling.laws import Numbers
 
 Array = NDArray[np.float64]
-Law = Callable[[ArrayLike, ArrayLike], Any]
+Law = Callable[[Numbers, Numbers], Any]
 
 
 LEVEL = 0.9  # of confidence, of every interval
 
 
-def interval(values: ArrayLike) -> Interval:
+def interval(values: Numbers) -> Interval:
   """Of the best fit's value and those of its draws; NaN without draws."""
   value, *draws = np.asarray(values, float)
   low, high = ends(draws or [np.nan])
   return Interval(float(value), float(low), float(high), LEVEL)
 
 
-def ends(draws: ArrayLike) -> Array:
+def ends(draws: Numbers) -> Array:
   """What holds LEVEL of draws (K, ...): low and high (2, ...)."""
   return np.quantile(
     np.asarray(draws, float), ((1 - LEVEL) / 2, (1 + LEVEL) / 2), axis=0
@@ -65,7 +66,7 @@ class Fitted:
       )
     )
 
-  def table(self, parameters: ArrayLike, tokens: ArrayLike) -> Array:
+  def table(self, parameters: Numbers, tokens: Numbers) -> Array:
     """Losses at points (X,): those of the law, then of each draw (1 + K, X)."""
     return np.array(
       [law(parameters, tokens) for law in (self.law, *self.draws)]
@@ -231,7 +232,7 @@ def _largest(
 def _best(
   law: Law,
   largest: float,
-  flops: ArrayLike,
+  flops: Numbers,
   most_tokens: float | None,
   shapes: Shapes,
 ) -> tuple[Array, Array, Array]:

@@ -61,7 +61,7 @@ def readings(
     sizes, data = law.terms(parameters, tokens)
     return float(law.alpha * sizes), float(law.beta * data)
 
-  def doubling(law: ChinchillaLaw, n: float, d: float) -> float:
+  def doubling(law: ChinchillaLaw, n: int, d: int) -> float:
     return float(law(parameters, tokens) - law(n * parameters, d * tokens))
 
   pairs = np.array([gains(each) for each in (draws or [law])])
