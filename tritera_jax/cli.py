@@ -100,6 +100,15 @@ def _with_overrides(verb: str, args: list[str], function: Callable):
   )
 
 
+def _keep_compiled(run: str | Path):
+  """So that what goes on does not compile again."""
+  import jax
+
+  if jax.config.jax_compilation_cache_dir is None:
+    folder = Path(run).absolute() / 'compiled'
+    jax.config.update('jax_compilation_cache_dir', str(folder))
+
+
 def _train(args: list[str]):
   from tritera_jax.experiment import Experiment
   from tritera_jax.parallel import processes
@@ -118,8 +127,6 @@ def _train(args: list[str]):
       dry_run: say what this process would be and check what can be checked
         without the others and their devices; train nothing.
     """
-    import jax
-
     from tritera_jax.train import exits, loop, metrics, step
 
     if dry_run:
@@ -134,10 +141,7 @@ def _train(args: list[str]):
       text = processes.device_map(experiment.mesh)
       if place.process == 0:
         print(text, file=sys.stderr)
-    if jax.config.jax_compilation_cache_dir is None:
-      # So that a run that goes on does not compile again.
-      folder = Path(experiment.run.folder).absolute() / 'compiled'
-      jax.config.update('jax_compilation_cache_dir', str(folder))
+    _keep_compiled(experiment.run.folder)
     with exits.told(place.processes):
       loop.train(experiment)
     if place.process == 0:
@@ -440,6 +444,7 @@ def _dynamics(args: list[str]):
 
     out = out or run / 'dynamics'
     bar = functools.partial(tqdm.tqdm, unit='checkpoint', leave=False)
+    _keep_compiled(run)
     interference.collect(run, out, tokens, progress=bar)
     found = dynamics_files.read(out, curve)
     print(dynamics_report.text(found))

@@ -44,7 +44,8 @@ class Tokens:
     losses: tokens from the start of the split, in windows of the run's
       sequence length, whose losses are compared.
     gradients: of these, the first whose gradients are; each takes a backward
-      pass of its window.
+      pass of its window. Of N independent normal gradients D is
+      1 - 1 / sqrt(N): compare what was measured with one N alone.
     rows: windows at once, for losses.
     chunk: gradients at once.
   """
