@@ -114,7 +114,8 @@ class Deceleration:
     paper; the others' follow to first order. They take residuals for
     independent. Those of a smoothed curve are not: the errors are too small.
     """
-    slopes = dict(zip(_PARAMETERS, np.eye(5), strict=True))
+    slopes: dict[str, np.ndarray] = {}
+    slopes.update(zip(_PARAMETERS, np.eye(5), strict=True))
     t_d, L_d = self.t_d, self.L_d
     slopes['t_d'] = np.array([0, 0, 0, t_d, 0])
     slopes['L_d'] = L_d * np.array([1 / self.b, -self.log_d1, 0, -self.c0, 0])
