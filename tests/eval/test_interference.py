@@ -10,6 +10,7 @@ import pytest
 
 from tests import tiny
 from tests.model import oracle
+from tritera_jax import cli
 from tritera_jax.checkpoint import restore
 from tritera_jax.data import shards
 from tritera_jax.eval import interference
@@ -152,7 +153,11 @@ TOKENS = Tokens(losses=100, gradients=32, rows=2, chunk=8)
 @pytest.fixture(scope='module')
 def measured(run, tmp_path_factory):
   folder = tmp_path_factory.mktemp('measured')
-  interference.collect(run, folder, TOKENS)
+  arguments = [
+    f'--tokens.{name}={value}'
+    for name, value in dataclasses.asdict(TOKENS).items()
+  ]
+  assert cli.main(['dynamics', str(run), f'--out={folder}', *arguments]) == 0
   return folder
 
 
@@ -190,6 +195,7 @@ def test_the_update_is_the_one_that_the_run_made(run, measured, tiny_data):
 
 
 def test_scaling_reads_what_is_written(measured):
+  assert (measured / 'interference.svg').exists()
   run = dynamics_files.read(measured)
   assert run.family == 'ternary'
   assert 'too few to show a break' in run.no_deceleration

@@ -4,6 +4,7 @@
 from collections.abc import Callable, Iterator
 import contextlib
 import inspect
+from pathlib import Path
 import re
 from typing import Annotated, Any
 
@@ -77,3 +78,12 @@ def with_overrides(verb: str, args: list[str], function: Callable):
     prog=f'tritera {verb} {args[0]}',
     config=(tyro.conf.AvoidSubcommands,),
   )
+
+
+def keep_compiled(run: str | Path):
+  """So that what goes on does not compile again."""
+  import jax
+
+  if jax.config.jax_compilation_cache_dir is None:
+    folder = Path(run).absolute() / 'compiled'
+    jax.config.update('jax_compilation_cache_dir', str(folder))

@@ -9,7 +9,12 @@ import tqdm
 import tyro
 from tyro.conf import Positional
 
-from tritera_jax.cli.arguments import BARE, resolve, with_overrides
+from tritera_jax.cli.arguments import (
+  BARE,
+  keep_compiled,
+  resolve,
+  with_overrides,
+)
 
 
 def show(args: list[str]):
@@ -128,6 +133,7 @@ def dynamics(args: list[str]):
 
     out = out or run / 'dynamics'
     bar = functools.partial(tqdm.tqdm, unit='checkpoint', leave=False)
+    keep_compiled(run)
     interference.collect(run, out, tokens, progress=bar)
     found = dynamics_files.read(out, curve)
     print(dynamics_report.text(found))

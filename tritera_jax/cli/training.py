@@ -12,6 +12,7 @@ from tyro.conf import Positional
 from tritera_jax.cli.arguments import (
   BARE,
   bytes_bar,
+  keep_compiled,
   resolve,
   with_names,
   with_overrides,
@@ -49,8 +50,6 @@ def train(args: list[str]):
       dry_run: say what this process would be and check what can be checked
         without the others and their devices; train nothing.
     """
-    import jax
-
     from tritera_jax.train import exits, loop, metrics, step
 
     if dry_run:
@@ -65,10 +64,7 @@ def train(args: list[str]):
       text = processes.device_map(experiment.mesh)
       if place.process == 0:
         print(text, file=sys.stderr)
-    if jax.config.jax_compilation_cache_dir is None:
-      # So that a run that goes on does not compile again.
-      folder = Path(experiment.run.folder).absolute() / 'compiled'
-      jax.config.update('jax_compilation_cache_dir', str(folder))
+    keep_compiled(experiment.run.folder)
     with exits.told(place.processes):
       loop.train(experiment)
     if place.process == 0:

@@ -44,7 +44,8 @@ class Tokens:
     losses: tokens from the start of the split, in windows of the run's
       sequence length, whose losses are compared.
     gradients: of these, the first whose gradients are; each takes a backward
-      pass of its window.
+      pass of its window. Of N independent normal gradients D is
+      1 - 1 / sqrt(N): compare what was measured with one N alone.
     rows: windows at once, for losses.
     chunk: gradients at once.
   """
@@ -119,12 +120,11 @@ def gradient_sums(
 
     def add_chunk(sums, which_CT):
       [grads] = jax.vmap(pullback)(which_CT)
-      along_C = sum(
-        jnp.tensordot(g, u, u.ndim)
-        for g, u in zip(
-          jax.tree.leaves(grads), jax.tree.leaves(update), strict=True
-        )
-      )
+      along_C = jnp.zeros(chunk)
+      for g, u in zip(
+        jax.tree.leaves(grads), jax.tree.leaves(update), strict=True
+      ):
+        along_C += jnp.tensordot(g, u, u.ndim)
       signed, absolute = sums
       return (
         jax.tree.map(lambda s, g: s + g.sum(0), signed, grads),
@@ -234,10 +234,11 @@ class _Measure:
     )
     if _made_of(file) == made_of:
       return
-    batch = self.batches[recovery.batch_of(at, self.skipped)]['tokens']
+    batch = self.batches[recovery.batch_of(at, self.skipped)]
+    assert batch is not None  # nothing is filtered
     before = jax.tree.map(jnp.copy, state.params)  # `update` takes the state
     with jax.set_mesh(self.mesh):
-      after, _ = self.update(state, batch, np.int32(at))
+      after, _ = self.update(state, batch['tokens'], np.int32(at))
     moved = jax.tree.map(
       jnp.subtract, differentiated(after.params), differentiated(before)
     )

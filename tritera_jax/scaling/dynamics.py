@@ -110,10 +110,12 @@ class Deceleration:
   def errors(self) -> dict[str, float]:
     """One standard deviation of each parameter, and of t_d, L_d and r_d.
 
-    The parameters' are the roots of the covariance's diagonal, the others'
-    follow to first order.
+    The parameters' are the roots of the covariance's diagonal, as in the
+    paper; the others' follow to first order. They take residuals for
+    independent. Those of a smoothed curve are not: the errors are too small.
     """
-    slopes = dict(zip(_PARAMETERS, np.eye(5), strict=True))
+    slopes: dict[str, np.ndarray] = {}
+    slopes.update(zip(_PARAMETERS, np.eye(5), strict=True))
     t_d, L_d = self.t_d, self.L_d
     slopes['t_d'] = np.array([0, 0, 0, t_d, 0])
     slopes['L_d'] = L_d * np.array([1 / self.b, -self.log_d1, 0, -self.c0, 0])
@@ -189,7 +191,7 @@ def fit(steps, losses, curve: Curve = Curve()) -> Deceleration:
 
   Raises:
     NoBreakError: the run is too short to show a break at curve.guess, or the
-      best law has none within the steps that were kept.
+      best law has none within the steps that were kept, or may have none.
     ValueError: as of `smoothed`.
   """
   return fit_smoothed(*smoothed(steps, losses, curve), curve)
@@ -245,6 +247,11 @@ def fit_smoothed(steps, losses, curve: Curve = Curve()) -> Deceleration:
     raise NoBreakError(
       f'the best law falls faster after step {law.t_d:,.0f}, by the exponent '
       f'{law.r_d:.4f} after {c0:.4f}: the run does not decelerate'
+    )
+  if -c1 < 2 * law.errors['c1']:
+    raise NoBreakError(
+      f'at step {law.t_d:,.0f} the exponent {c0:.4f} changes by {c1:.4f} +- '
+      f'{law.errors["c1"]:.4f}, which may be nothing; train longer'
     )
   return law
 

@@ -11,8 +11,12 @@ from typing import Any
 import numpy as np
 
 from tritera_jax import pictures
-from tritera_jax.scaling.dynamics import Interference, Projections
-from tritera_jax.scaling.dynamics_files import Dynamics
+from tritera_jax.scaling.dynamics import (
+  Deceleration,
+  Interference,
+  Projections,
+)
+from tritera_jax.scaling.dynamics_files import Checkpoint, Dynamics
 
 _LINES = '-', '--', ':', '-.'
 
@@ -82,9 +86,11 @@ def _record(value: Any) -> Any:
   """JSON, with null for NaN, and what is derived of a law beside it."""
   if isinstance(value, Interference | Projections):
     return _record(value._asdict())
-  if dataclasses.is_dataclass(value):
-    fields = {f.name: getattr(value, f.name) for f in dataclasses.fields(value)}
-    if hasattr(value, 't_d'):
+  if isinstance(value, Deceleration | Checkpoint | Dynamics):
+    fields: dict[str, Any] = {
+      f.name: getattr(value, f.name) for f in dataclasses.fields(value)
+    }
+    if isinstance(value, Deceleration):
       fields |= {
         't_d': value.t_d,
         'L_d': value.L_d,
