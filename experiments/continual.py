@@ -11,7 +11,7 @@ under the infinite schedule (arXiv 2503.02844) or under cosines:
   scratch     one cosine on A and B mixed, as many steps as both: the bound
 
   machine   any mesh for TriLM 99M on 100B tokens of each; the mini, TriLMs of
-            0.3M parameters on 0.3M of each, 2 CPU cores
+            0.4M parameters on 0.3M of each, 2 CPU cores
   expected  the paper's claim: infinite keeps more of A than rewarmed, and is no
             worse on B
   command   python experiments/continual.py mini 0   (makes the data, trains all

@@ -1,18 +1,21 @@
 # SPDX-License-Identifier: Apache-2.0
-import dataclasses
 import json
+import math
 from pathlib import Path
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 import zstandard
 
 from tritera_jax import experiment as experiment_lib
 from tritera_jax import show
+from tritera_jax.data import shards
 from tritera_jax.model import decoder, flops
+from tritera_jax.parallel import mesh as mesh_lib
 from tritera_jax.ternary.schedule import TriLMSchedule
-from tritera_jax.train import loop, metrics
+from tritera_jax.train import step
 
 FOLDER = Path(__file__).parents[2] / 'experiments'
 SPECTRA = f'{FOLDER}/spectra.py'
@@ -103,25 +106,23 @@ def module(name):
   'bitnet_b158.py:mini_bitnet_2b4t_0',
   'spectra.py:mini_floatlm_64',
   'spectra_1_1.py:mini_1x',
-  'slimpajama.py:mini',
 ])  # fmt: skip
-def test_a_mini_trains(mini, tiny_data, tmp_path):
-  mini = experiment_lib.load(f'{FOLDER}/{mini}')
-  sources = tuple((str(tiny_data), w) for _, w in mini.data.mixture)
-  experiment = dataclasses.replace(
-    mini,
-    model=dataclasses.replace(mini.model, vocab_size=384),
-    data=dataclasses.replace(
-      mini.data, path=str(tiny_data), mixture=sources, sequence_length=32
-    ),
-    run=dataclasses.replace(
-      mini.run, folder=str(tmp_path), steps=2, log_every=1,
-      evaluate_tokens=500, tensorboard=False,
-    ),
-  )  # fmt: skip
-  loop.train(experiment, quiet=True)
-  first, second = metrics.read(tmp_path)
-  assert second['held_out_loss'] < first['loss']
+def test_a_mini_trains(mini, tiny_data):
+  experiment = experiment_lib.load(f'{FOLDER}/{mini}')
+  rows, length = experiment.data.batch_size, 32
+  tokens = shards.open_split(tiny_data, 'train').read(0, rows * (length + 1))
+  tokens = jnp.asarray(tokens, jnp.int32).reshape(rows, -1)
+  # One device, for which programs compile in a third of the time.
+  mesh = mesh_lib.make_mesh(experiment.mesh, jax.devices()[:1])
+  with jax.set_mesh(mesh):
+    update = step.jitted(experiment, mesh)
+    state, losses = step.jitted_init(experiment, mesh)(), []
+    for n in range(3):
+      state, measured = update(state, tokens, n)
+      losses.append(float(measured['loss']))
+  vocabulary = experiment.model.padded_vocab_size
+  assert losses[0] == pytest.approx(math.log(vocabulary), abs=0.5)
+  assert losses[0] > losses[1] > losses[2]
 
 
 def test_the_arms_of_the_schedule_ablation_are_the_papers():
@@ -131,7 +132,7 @@ def test_the_arms_of_the_schedule_ablation_are_the_papers():
     experiment = ablation.paper(name)
     assert experiment.tokens == pytest.approx(100e9, rel=1e-5)
     schedule, steps = experiment.optimizer.schedule, experiment.run.steps
-    at = np.array([0.49, 0.51, 0.66, 0.67]) * steps
+    at = jnp.asarray([0.49, 0.51, 0.66, 0.67]) * steps
     # On the line to 0, and of the weight decay at first.
     left = schedule.learning_rate(at, steps) / (1 - at / steps)
     found[name] = [*np.round(left * 1e4, 1), *(schedule.decay(at, steps) > 0)]
@@ -149,45 +150,42 @@ def test_the_mini_ablation_decays_weights_as_much_as_the_papers():
 
   def decayed(experiment):
     schedule, steps = experiment.optimizer.schedule, experiment.run.steps
-    step = np.arange(steps)
+    step = jnp.arange(steps)
     rates = schedule.learning_rate(step, steps)
-    return float(np.sum(rates * schedule.decay(step, steps)))
+    return float(jnp.sum(rates * schedule.decay(step, steps)))
 
   for arm in ablation.ARMS:
     mini, paper = ablation.mini(arm, 0), ablation.paper(arm)
-    # But for warm-up, a twelfth of the mini and a hundredth of the paper's.
-    assert decayed(mini) == pytest.approx(decayed(paper), rel=0.1)
+    # But for warm-up, a tenth of the mini and a hundredth of the paper's.
+    assert decayed(mini) == pytest.approx(decayed(paper), rel=0.15)
 
 
-def test_continual_arms_go_on_from_each_other(tiny_data, tmp_path, monkeypatch):
+def test_continual_arms_go_on_from_each_other(tmp_path, monkeypatch):
   monkeypatch.chdir(tmp_path)
   continual = module('continual')
-  monkeypatch.setattr(continual, 'CORPORA', (str(tiny_data),) * 2)
-  base = continual.mini('cosine_a', 0)
-  base = dataclasses.replace(
-    base,
-    model=dataclasses.replace(base.model, vocab_size=384, layers=1),
-    data=dataclasses.replace(base.data, sequence_length=32),
-    run=dataclasses.replace(base.run, log_every=1, tensorboard=False),
-  )
-  arms = {
-    arm: continual.member(
-      arm, base, steps=10, peak=1e-2, warmup=1, name=f'mini_{arm}_0'
-    )
-    for arm in ('infinite', 'annealed_a', 'cosine_a', 'rewarmed')
-  }
-  assert not Path('runs/continual/mini_annealed_a_0').exists()
-  losses = {}
-  for name, arm in arms.items():
-    if name == 'annealed_a':
-      continual.branch(arms['infinite'], arm)
-    loop.train(arm, quiet=True)
-    losses[name] = [r['loss'] for r in metrics.read(arm.run.folder)]
-  assert [len(of) for of in losses.values()] == [20, 2, 10, 10]
-  # The branch goes on where it was cut off, at another rate from then on.
-  assert losses['annealed_a'][0] == losses['infinite'][8]
-  # What is warmed up again does not begin at log 384 = 5.95.
-  assert losses['rewarmed'][0] < losses['cosine_a'][3] < 5.9
+  arms = {arm: continual.mini(arm, 0) for arm in continual.ARMS}
+  trunk, branch = arms['infinite'], arms['annealed_a']
+  # As many updates on A as cosine_a's, and the trunk's up to its checkpoint.
+  assert branch.run.steps == arms['cosine_a'].run.steps == 300
+  assert trunk.data.schedule == ((0, (1, 0)), (300, (0, 1)))
+  at = trunk.run.keep_every
+  rates = [
+    one.optimizer.schedule.learning_rate(jnp.arange(300), one.run.steps)
+    for one in (trunk, branch)
+  ]
+  np.testing.assert_array_equal(rates[0][:at], rates[1][:at])
+  assert (rates[0][at:] > rates[1][at:]).all()
+  there = Path(trunk.run.folder) / 'checkpoints' / str(at)
+  there.mkdir(parents=True)
+  (there / 'state').write_text('bits')
+  continual.branch(trunk, branch)
+  copy = Path(branch.run.folder) / 'checkpoints' / str(at) / 'state'
+  assert copy.read_text() == 'bits'
+
+  rewarmed = arms['rewarmed']
+  assert rewarmed.run.start_from == arms['cosine_a'].run.folder
+  assert rewarmed.data.path == continual.CORPORA[1]
+  assert arms['scratch'].tokens == trunk.tokens == 2 * rewarmed.tokens
 
 
 def test_slimpajama_is_the_paper_s_sample_and_is_split_by_subset(tmp_path):

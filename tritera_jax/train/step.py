@@ -179,15 +179,16 @@ def _check_workers(
 
 
 def init_state(
-  experiment: Experiment, params: PyTree | None = None
+  experiment: Experiment, given: PyTree | None = None
 ) -> TrainState:
   """The state before the first update.
 
   Args:
     experiment: whose it is.
-    params: default: a pure function of run.seed.
+    given: parameters; default: a pure function of run.seed.
   """
-  if params is None:
+  params: PyTree = given
+  if given is None:
     params = decoder.init(experiment.model, jax.random.key(experiment.run.seed))
   config = experiment.optimizer
   rule = optimizer.make(config, experiment.run.steps)
