@@ -107,11 +107,6 @@ class Shapes:
       return np.asarray(parameters, float)
     return _between(parameters, self._counted, _BODY)
 
-  def total(self, parameters: Numbers) -> Amount:
-    """All parameters of models of N."""
-    body = self.body(parameters)
-    return body + self.embeddings(body)
-
   def flops_per_token(self, parameters: Numbers) -> Amount:
     """FLOPs of training models of N, forward and backward."""
     body = self.body(parameters)
