@@ -5,7 +5,7 @@ import pytest
 from tritera_jax.scaling.costs import Growth, Serving, Shapes
 from tritera_jax.scaling.runs import Run
 
-# Spectra, Tables 3 and 4 (paper.md 2.1): hidden, GLU, layers; bits of FloatLM
+# Spectra, Tables 3 and 4: hidden, GLU, layers; bits of FloatLM
 # and of TriLM in 1e9. Layers have 4 h^2 + 3 h GLU weights, embedding and head
 # 50277 h each.
 SPECTRA = {

@@ -7,7 +7,7 @@ from tritera_jax.scaling.costs import Serving, Shapes
 
 
 def test_spectra_1_gaps():
-  # paper.md 4.1: 6 % of the FloatLM loss at 329.92e9 parameters, 7 % at
+  # Of Spectra: 6 % of the FloatLM loss at 329.92e9 parameters, 7 % at
   # 15.65e9; they do not cross, TriLM's E is above.
   N = np.array([15.65e9, 329.92e9])
   trilm = laws.TRILM_SPECTRA_1(N)
@@ -85,7 +85,7 @@ def test_at_equal_bytes_the_paper_s_laws_cross_where_bisection_finds_it():
   assert (found.before, found.after, found.share) == ('ternary', 'float', 1.0)
   for row in compared['bytes'].rows:
     assert (apart(row.at) < 0) == (row.wins == 1.0)
-  # "The two fits never cross" (paper.md 4.2), at equal parameters: float's
+  # "The two fits never cross", at equal parameters: float's
   # floor is lower and its exponent larger.
   equal = compared['parameters']
   assert (equal.crossing.at, equal.crossing.after) == (None, 'float')

@@ -23,7 +23,7 @@ def one(law, budget, shapes=PLAIN, serving=Serving(), family='ternary'):
   ('law', 'exponent'), [(TRILM, 0.717), (FLOATLM, 0.486)]
 )
 def test_sizes_grow_with_compute_as_the_exponents_say(law, exponent):
-  # paper.md 4.2: TriLM N ~ C^0.717, FloatLM C^0.486.
+  # Of Spectra 1.1: TriLM N ~ C^0.717, FloatLM C^0.486.
   small, large = (one(law, plan.Budget(flops)) for flops in (1e20, 1e24))
   grown = np.log10(large.parameters.estimate / small.parameters.estimate) / 4
   assert grown == pytest.approx(exponent, abs=5e-4)

@@ -9,7 +9,7 @@ TRILM, FLOATLM = laws.TRILM_SPECTRA_1_1, laws.FLOATLM_SPECTRA_1_1
 
 
 def test_both_readings_of_the_paper_s_exponents():
-  # paper.md 4.2: the exponent of data is 2.5 times that of parameters, yet
+  # Of Spectra 1.1: the exponent of data is 2.5 times that of parameters, yet
   # N ~ C^0.717, and at 150e9 tokens data has 0.09 nats left.
   said = readings.readings(TRILM, [TRILM, TRILM], 1e9, 150e9)
   assert said.ratio.estimate == pytest.approx(2.5, abs=0.05)
@@ -24,7 +24,7 @@ def test_both_readings_of_the_paper_s_exponents():
 
 def test_gains_are_differences_of_the_law():
   said = readings.readings(TRILM, [], 1e9, 300e9)
-  # paper.md 4.2: 300e9 to 1.2e12 tokens gains 0.034 nats; two doublings.
+  # Of Spectra 1.1: 300e9 to 1.2e12 tokens gains 0.034 nats; two doublings.
   later = readings.readings(TRILM, [], 1e9, 600e9)
   assert (
     said.double_tokens.estimate + later.double_tokens.estimate

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """A table drawn from the papers' laws, and what the report says of it.
 
-Losses are Spectra 1.1's laws of TriLM and FloatLM (paper.md 4.2) at five of
+Losses are Spectra 1.1's laws of TriLM and FloatLM at five of
 Spectra's sizes on 20e9 to 150e9 tokens, times exp(0.0005 z) with z standard
 normal; FLOPs are 6 for each weight that multiplies. Three seeds at one cell of
 each family. Two binary runs allow no law.
@@ -55,7 +55,7 @@ def table() -> list[Run]:
 def written(tmp_path_factory):
   """The folder of the report and what it was made of."""
   folder = tmp_path_factory.mktemp('law')
-  runs.append(folder, table())
+  runs.write(folder, table())
   out = folder / 'new' / 'report'
   return out, report.write([folder], out, Options(draws=60))
 
@@ -104,7 +104,7 @@ def test_both_readings_are_told_and_where_they_disagree(written, constants):
   ) in text
   said = constants['readings_at_the_largest_run']['ternary']
   found = said['parameters_exponent']['estimate']
-  assert found == pytest.approx(0.717, abs=0.02)  # paper.md 4.2
+  assert found == pytest.approx(0.717, abs=0.02)
   assert said['share_for_parameters'] == 1.0
 
 
@@ -143,7 +143,7 @@ def test_the_digest_is_the_table_s_whatever_its_order(
   rows = table()[::-1]
   for name, part in (('a', rows[:20]), ('b', rows[20:])):
     (tmp_path / name).mkdir()
-    runs.append(tmp_path / name, part)
+    runs.write(tmp_path / name, part)
   places = [tmp_path / 'a', tmp_path / 'b' / 'runs.jsonl']
   report.write(places, tmp_path / 'report')
   again = json.loads((tmp_path / 'report' / 'constants.json').read_text())
@@ -156,7 +156,7 @@ def test_a_report_is_replaced_whole_and_nothing_else_is(
   _, analysis = written
   monkeypatch.setattr(report.analysis_lib, 'analyse', lambda *_: analysis)
   monkeypatch.setattr(report, '_figures', lambda _: [])
-  runs.append(tmp_path, table()[:1])
+  runs.write(tmp_path, table()[:1])
   out = tmp_path / 'report'
   report.write([tmp_path], out)
   (out / 'stale.png').write_text('of an older report')
@@ -182,7 +182,7 @@ def test_a_report_is_replaced_whole_and_nothing_else_is(
 
 
 def test_tables_that_allow_no_law_are_refused_in_words(tmp_path, capsys):
-  runs.append(tmp_path, table()[:4])
+  runs.write(tmp_path, table()[:4])
   out = tmp_path / 'report'
   command = [
     'scaling', str(tmp_path), '--out', str(out), '--counted', 'all',

@@ -130,7 +130,7 @@ def quantize(
   }
   (out / RECORD).write_text(json.dumps(record, indent=2) + '\n')
   shutil.copyfile(run / 'tokenizer.json', out / 'tokenizer.json')
-  with save.writing(out) as checkpoints:
+  with save.writing(out, there) as checkpoints:
     save.save(checkpoints, at, experiment.model, _Weights(params))
   return report
 
