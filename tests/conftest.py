@@ -4,6 +4,7 @@
 from collections.abc import Callable
 import fcntl
 import os
+import shutil
 import tempfile
 
 # Before jax starts; a user's own choice stands.
@@ -72,11 +73,13 @@ def tiny_data(tmp_path_factory) -> Path:
 
 @pytest.fixture(scope='session')
 def tiny_run(tiny_data, tmp_path_factory) -> Path:
-  """A trained and packed run, to be read and not written."""
+  """A trained and packed run."""
 
   def make(folder: Path):
     loop.train(tiny.experiment(tiny_data, folder, 20), quiet=True)
     for format in ('two_bit', 'base_three'):
       pack.pack(folder, format)
 
-  return _made_once(tmp_path_factory, 'tiny_run', make)
+  made = _made_once(tmp_path_factory, 'tiny_run', make)
+  # Each worker its own: a few tests plot or pack it again.
+  return shutil.copytree(made, tmp_path_factory.mktemp('tiny') / 'run')

@@ -22,7 +22,7 @@ MODEL = dataclasses.replace(tiny.MODEL, family='float')
 
 
 @pytest.fixture(scope='module')
-def float_run(tiny_run):
+def float_run(tiny_run, tmp_path_factory):
   """What the trained TriLM computes, as a FloatLM; and noise on its weights."""
   settings, params = restore.restore_params(tiny_run)
   rng = np.random.default_rng(0)
@@ -32,10 +32,10 @@ def float_run(tiny_run):
     w_LKN = params['layers'][part][leaf]['kernel']
     noise_LKN = 0.3 * w_LKN.std() * rng.normal(size=w_LKN.shape)
     params['layers'][part][leaf]['kernel'] = w_LKN + noise_LKN.astype('f')
-  folder = tiny_run.parent / 'float'
+  folder = tmp_path_factory.mktemp('float')
   save.write_experiment(dataclasses.replace(settings, model=MODEL), folder)
   shutil.copyfile(tiny_run / 'tokenizer.json', folder / 'tokenizer.json')
-  with save.writing(folder) as checkpoints:
+  with save.writing(folder, settings.run) as checkpoints:
     save.save(checkpoints, 20, MODEL, run_lib._Weights(params))
   return folder
 
