@@ -61,13 +61,21 @@ def member(name: str, base: Experiment, folder: str) -> Experiment:
   )
 
 
+def with_decay(base: Experiment, weight_decay: float) -> Experiment:
+  schedule = dataclasses.replace(
+    base.optimizer.schedule, weight_decay=weight_decay
+  )
+  optimizer = dataclasses.replace(base.optimizer, schedule=schedule)
+  return dataclasses.replace(base, optimizer=optimizer)
+
+
 def sweep() -> dict[str, Experiment]:
   ablation = Path(__file__).with_name('schedule_ablation.py')
   load = lambda name: experiment_lib.load(f'{ablation}:{name}')
   paper = load('both')
   found = {name: member(name, paper, name) for name in PARTS}
   for seed in range(SEEDS):
-    base = load(f'mini_both_{seed}')
+    base = with_decay(load(f'mini_both_{seed}'), 0.1)
     for name in PARTS:
       mini = f'mini_{name}_{seed}'
       found[mini] = member(name, base, mini)
