@@ -99,13 +99,10 @@ def module(name):
   return experiment_lib._load_module(FOLDER / f'{name}.py')
 
 
-# One for each program that differs in more than a number.
+# Those whose parts no other test trains; a program takes seconds to compile.
 @pytest.mark.parametrize('mini', [
-  'schedule_ablation.py:mini_both_0',
   'bitnet_b158.py:mini_bitnet_b158_0',
   'bitnet_b158.py:mini_bitnet_2b4t_0',
-  'spectra.py:mini_floatlm_64',
-  'spectra_1_1.py:mini_1x',
 ])  # fmt: skip
 def test_a_mini_trains(mini, tiny_data):
   experiment = experiment_lib.load(f'{FOLDER}/{mini}')
