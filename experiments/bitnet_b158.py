@@ -24,7 +24,7 @@ the same 100B tokens in the same order:
 
 The minis take a weight decay of 0.1. Held-out loss of seed 0 (2 threads of an
 AMD EPYC Zen 4, 2026-11-22): trilm 2.517, bitnet_b158 3.540; bitnet_2b4t and
-other seeds were not run. So large a loss is of this setting, not the recipe's:
+other seeds were not run. So large a gap is not the paper's and not explained:
 training is slow from the first steps on. (A guess: with a norm before o and
 down, blocks write far more than the embedding's 0.02 into the residual stream.)
 
