@@ -51,28 +51,34 @@ def pytest_collection_modifyitems(items):
         )
 
 
-def _made_once(tmp_path_factory, name: str, make: Callable[[Path], object]):
-  """The folder `name`, made by the first of xdist's workers that wants it."""
+@pytest.fixture(scope='session')
+def made_once(tmp_path_factory):
+  """Has a folder made by the first of xdist's workers that wants it."""
   shared = tmp_path_factory.getbasetemp()
   if 'PYTEST_XDIST_WORKER' in os.environ:
     shared = shared.parent
-  folder, made = shared / name, shared / f'{name}.made'
-  with (shared / f'{name}.lock').open('w') as lock:
-    fcntl.flock(lock, fcntl.LOCK_EX)
-    if not made.exists():
-      make(folder)
-      made.touch()
-  return folder
+
+  def made_once(name: str, make: Callable[[Path], object]) -> Path:
+    """The folder `name`, to be read and not written."""
+    folder, made = shared / name, shared / f'{name}.made'
+    with (shared / f'{name}.lock').open('w') as lock:
+      fcntl.flock(lock, fcntl.LOCK_EX)
+      if not made.exists():
+        make(folder)
+        made.touch()
+    return folder
+
+  return made_once
 
 
 @pytest.fixture(scope='session')
-def tiny_data(tmp_path_factory) -> Path:
+def tiny_data(made_once) -> Path:
   """A dataset, to be read and not written."""
-  return _made_once(tmp_path_factory, 'tiny_data', tiny.dataset)
+  return made_once('tiny_data', tiny.dataset)
 
 
 @pytest.fixture(scope='session')
-def tiny_run(tiny_data, tmp_path_factory) -> Path:
+def tiny_run(tiny_data, made_once, tmp_path_factory) -> Path:
   """A trained and packed run."""
 
   def make(folder: Path):
@@ -80,6 +86,6 @@ def tiny_run(tiny_data, tmp_path_factory) -> Path:
     for format in ('two_bit', 'base_three'):
       pack.pack(folder, format)
 
-  made = _made_once(tmp_path_factory, 'tiny_run', make)
+  made = made_once('tiny_run', make)
   # Each worker its own: a few tests plot or pack it again.
   return shutil.copytree(made, tmp_path_factory.mktemp('tiny') / 'run')

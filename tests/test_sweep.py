@@ -1,5 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 import os
+import shutil
 import subprocess
 
 import pytest
@@ -12,6 +13,7 @@ from tritera_jax.scaling import runs
 SWEEP = """
 import dataclasses
 from pathlib import Path
+from tests import tiny
 
 def sweep():
   small = tiny.experiment(Path({data!r}), Path('unused'), 2)
@@ -25,26 +27,29 @@ def sweep():
 """
 
 
-@pytest.fixture(scope='module')
-def file(tiny_data, tmp_path_factory):
-  file = tmp_path_factory.mktemp('sweep') / 'file.py'
+@pytest.fixture
+def file(tiny_data, tmp_path):
+  file = tmp_path / 'file.py'
   file.write_text(SWEEP.format(data=str(tiny_data)))
   return file
 
 
-@pytest.fixture(scope='module')
-def swept(file):
-  out = file.parent / 'out'
-  code = cli.main(
-    ['sweep', str(file), 'small', '*other*', '--out', str(out), '--',
-     '--run.seed', '3']
-  )  # fmt: skip
-  return out, code
+@pytest.fixture
+def swept(made_once, file):
+  """The sweep's folder; `code` in it holds what the command ended with."""
+
+  def make(out):
+    code = cli.main(
+      ['sweep', str(file), 'small', '*other*', '--out', str(out), '--',
+       '--run.seed', '3']
+    )  # fmt: skip
+    (out / 'code').write_text(str(code))
+
+  return made_once('sweep', make)
 
 
 def test_what_is_trained_stands_in_the_table(swept):
-  out, _ = swept
-  (row,) = runs.read(out)
+  (row,) = runs.read(swept)
   assert (row.name, row.family, row.seed) == ('small', 'ternary', 3)
   assert row.tokens == 2 * 8 * 32
   # By hand: q and o 48 x 48, k and v 48 x 24, gate, up, down 48 x 96; gains of
@@ -54,20 +59,19 @@ def test_what_is_trained_stands_in_the_table(swept):
   assert row.parameters_without_embeddings == without
   assert row.parameters == without + 2 * 384 * 48
   assert row.bits == 2 * block * 1.58 + (row.parameters - 2 * block) * 16
-  loss = perplexity.evaluate(out / 'small')
+  loss = perplexity.evaluate(swept / 'small')
   assert row.held_out_loss == pytest.approx(loss.nats_per_token)
   assert row.bits_per_byte == pytest.approx(loss.bits_per_byte)
-  assert save.latest_step(out / 'small') == 2
+  assert save.latest_step(swept / 'small') == 2
 
 
 def test_one_that_fails_is_named_and_does_not_stop_the_others(swept):
-  out, code = swept
-  assert code == 1
-  assert not (out / 'other_tokenizer' / 'result.json').exists()
+  assert (swept / 'code').read_text() == '1'
+  assert not (swept / 'other_tokenizer' / 'result.json').exists()
 
 
-def test_again_it_runs_nothing_that_is_there(file, swept, capsys):
-  out, _ = swept
+def test_again_it_runs_nothing_that_is_there(file, swept, tmp_path, capsys):
+  out = shutil.copytree(swept, tmp_path / 'out')
   result = out / 'small' / 'result.json'
   before = result.stat().st_mtime_ns
   (out / 'runs.jsonl').unlink()
