@@ -105,13 +105,13 @@ def test_eval_pack_generate_and_doctor(
 
 def test_prepare_prints_what_it_made(capsys, tmp_path):
   command = (
-    'prepare', 'experiments', tmp_path / 'data',
+    'prepare', 'tritera_jax/data', tmp_path / 'data',
     '--vocab-size', 300, '--holdout', 0.4,
   )  # fmt: skip
   code, out, err = run(capsys, *command)
   assert code == 0 and 'train' in out and 'bytes a token' in out
   kilobytes = sum(
-    file.stat().st_size for file in Path('experiments').rglob('*.*')
+    file.stat().st_size for file in Path('tritera_jax/data').rglob('*.*')
     if '__pycache__' not in file.parts
   ) / 1e3  # fmt: skip
   assert '100%' in err and f'{kilobytes:.3g}k/{kilobytes:.3g}k' in err
