@@ -7,6 +7,11 @@ to 1.1B at four budgets of 20B to 150B tokens, a schedule of its own length for
 each cell; which five sizes and budgets it does not say.
 
   machine   the paper's: any mesh. mini_*: 2 CPU cores, two hours
+  expected  grid_runs.jsonl has 28 of the 32 runs of mini_* (two threads of an
+            AMD EPYC Zen 4, 2026-11-22; 332k and 1.08m at 4.2m tokens are to
+            come): at equal parameters float is ahead of ternary from 106k on,
+            by 0.05 nats at 4.2m tokens; alpha 0.39 (0.10-0.57) and beta 0.37
+            (0.16-0.73) of ternary are not told apart yet
   command   python experiments/grid.py corpus/grid   (the text of mini_*)
             tritera prepare corpus/grid data/grid --vocab-size 1024 \\
               --holdout 0.003
