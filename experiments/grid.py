@@ -9,9 +9,9 @@ each cell; which five sizes and budgets it does not say.
   machine   the paper's: any mesh. mini_*: 2 CPU cores, two hours
   expected  grid_runs.jsonl has 28 of the 32 runs of mini_* (two threads of an
             AMD EPYC Zen 4, 2026-11-22; 332k and 1.08m at 4.2m tokens are to
-            come): at equal parameters float is ahead of ternary from 106k on,
-            by 0.05 nats at 4.2m tokens; alpha 0.39 (0.10-0.57) and beta 0.37
-            (0.16-0.73) of ternary are not told apart yet
+            come): of 106k parameters after 4.2m tokens float is 0.05 nats
+            ahead; alpha 0.39 (0.10-0.57) and beta 0.37 (0.16-0.73) of ternary
+            are not told apart yet
   command   python experiments/grid.py corpus/grid   (the text of mini_*)
             tritera prepare corpus/grid data/grid --vocab-size 1024 \\
               --holdout 0.003
