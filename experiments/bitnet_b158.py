@@ -38,7 +38,7 @@ import dataclasses
 from pathlib import Path
 from typing import Any
 
-from tritera_jax import experiment as experiment_lib
+from tritera_jax import experiment_file
 from tritera_jax.experiment import Experiment
 
 PARTS: dict[str, dict[str, Any]] = {
@@ -77,7 +77,7 @@ def with_decay(base: Experiment, weight_decay: float) -> Experiment:
 
 def sweep() -> dict[str, Experiment]:
   ablation = Path(__file__).with_name('schedule_ablation.py')
-  load = lambda name: experiment_lib.load(f'{ablation}:{name}')
+  load = lambda name: experiment_file.load(f'{ablation}:{name}')
   paper = load('both')
   found = {name: member(name, paper, name) for name in PARTS}
   for seed in range(SEEDS):

@@ -33,7 +33,7 @@ import json
 from pathlib import Path
 import shutil
 
-from tritera_jax import experiment as experiment_lib
+from tritera_jax import experiment_file
 from tritera_jax.data import prepare, shards
 from tritera_jax.eval import perplexity
 from tritera_jax.experiment import Experiment, OptimizerConfig
@@ -109,7 +109,7 @@ def mini(arm: str, seed: int) -> Experiment:
 
 @functools.cache
 def _sibling(name: str) -> Experiment:
-  return experiment_lib.load(f'{Path(__file__).parent}/{name}')
+  return experiment_file.load(f'{Path(__file__).parent}/{name}')
 
 
 def sweep() -> dict[str, Experiment]:

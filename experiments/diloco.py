@@ -27,7 +27,7 @@ from typing import Literal
 
 import jax
 
-from tritera_jax import experiment as experiment_lib
+from tritera_jax import experiment_file
 from tritera_jax.experiment import DiLoCoConfig, Experiment, MuonConfig
 from tritera_jax.parallel import collectives
 from tritera_jax.parallel import mesh as mesh_lib
@@ -52,7 +52,7 @@ def sweep() -> dict[str, Experiment]:
 def experiment(
   name: str, muon: MuonConfig | None, bits: Literal[2, 4, 32] | None
 ) -> Experiment:
-  base = experiment_lib.load(str(Path(__file__).with_name('quickstart.py')))
+  base = experiment_file.load(str(Path(__file__).with_name('quickstart.py')))
   diloco = bits and DiLoCoConfig(WORKERS, every=30, bits=bits)
   return dataclasses.replace(
     base,

@@ -57,7 +57,7 @@ from jax.experimental import topologies
 import jax.numpy as jnp
 import numpy as np
 
-from tritera_jax import experiment as experiment_lib
+from tritera_jax import experiment_file
 from tritera_jax.experiment import Experiment
 from tritera_jax.parallel import collectives, gather, rules
 from tritera_jax.parallel import mesh as mesh_lib
@@ -69,7 +69,7 @@ KINDS: tuple[Gather, ...] = typing.get_args(Gather)
 
 
 def sweep() -> dict[str, Experiment]:
-  base = experiment_lib.load(f'{Path(__file__).parent}/spectra.py:trilm_3.9b')
+  base = experiment_file.load(f'{Path(__file__).parent}/spectra.py:trilm_3.9b')
   return {
     kind: dataclasses.replace(
       base,

@@ -26,7 +26,7 @@ import json
 from pathlib import Path
 import sysconfig
 
-from tritera_jax import experiment as experiment_lib
+from tritera_jax import experiment_file
 from tritera_jax.data import documents
 from tritera_jax.experiment import (
   DataConfig,
@@ -65,7 +65,7 @@ PEAKS = {'ternary': 8e-3, 'float': 6e-3}
 def paper(prefix: str, size: str, budget: str) -> Experiment:
   """A cell of the paper's grid: spectra.py's, with fewer steps."""
   spectra = Path(__file__).with_name('spectra.py')
-  whole = experiment_lib.load(f'{spectra}:{prefix}_{size}')
+  whole = experiment_file.load(f'{spectra}:{prefix}_{size}')
   steps = int(BUDGETS[budget]) // whole.batch_tokens
   folder = f'runs/grid/{prefix}_{size}_{budget}'
   return dataclasses.replace(

@@ -42,7 +42,7 @@ import statistics
 
 import tyro
 
-from tritera_jax import experiment as experiment_lib
+from tritera_jax import experiment_file
 from tritera_jax.checkpoint import save
 from tritera_jax.data import shards
 from tritera_jax.eval import perplexity
@@ -58,7 +58,7 @@ GROUPS = {8: None, 6: None, 4: 128, 3: 128}
 
 
 def sweep() -> dict[str, Experiment]:
-  base = experiment_lib.load(str(Path(__file__).with_name('quickstart.py')))
+  base = experiment_file.load(str(Path(__file__).with_name('quickstart.py')))
   cosine = OptimizerConfig(CosineSchedule(1e-3, warmup_steps=50))
   return {
     'floatlm': mini(base, 'floatlm', 'float', cosine),

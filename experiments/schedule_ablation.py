@@ -50,7 +50,7 @@ from pathlib import Path
 import statistics
 import sys
 
-from tritera_jax import experiment as experiment_lib
+from tritera_jax import experiment_file
 from tritera_jax.experiment import (
   DataConfig,
   Experiment,
@@ -92,7 +92,7 @@ def arm(name: str, schedule: TriLMSchedule) -> TriLMSchedule:
 @functools.cache
 def trilm() -> Experiment:
   spectra = Path(__file__).with_name('spectra.py')
-  return experiment_lib.load(f'{spectra}:trilm_1.1b')
+  return experiment_file.load(f'{spectra}:trilm_1.1b')
 
 
 def paper(name: str) -> Experiment:

@@ -37,7 +37,7 @@ import json
 from pathlib import Path
 import shutil
 
-from tritera_jax import experiment as experiment_lib
+from tritera_jax import experiment_file
 from tritera_jax.data import prepare
 from tritera_jax.experiment import Experiment
 
@@ -76,9 +76,9 @@ def on_mixture(base: Experiment, folder: str, name: str) -> Experiment:
 
 def sweep() -> dict[str, Experiment]:
   here = Path(__file__)
-  suite = experiment_lib._load_module(here.with_name('spectra.py')).sweep()
+  suite = experiment_file.load_sweep(str(here.with_name('spectra.py')))
   ablation = here.with_name('schedule_ablation.py')
-  mini = experiment_lib.load(f'{ablation}:mini_both_0')
+  mini = experiment_file.load(f'{ablation}:mini_both_0')
   return {
     name: on_mixture(base, FOLDER, name)
     for name, base in suite.items()

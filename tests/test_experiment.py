@@ -6,6 +6,7 @@ import pytest
 
 from tests.train.test_step import EXPERIMENT
 from tritera_jax import experiment as experiment_lib
+from tritera_jax import experiment_file
 from tritera_jax.ternary.schedule import CosineSchedule, InfiniteSchedule
 
 INFINITE = InfiniteSchedule(1e-3, 3e-4, 1e-5, 2, 2, annealing_steps=8)
@@ -66,4 +67,4 @@ def test_a_file_that_defines_nothing_is_refused(tmp_path):
   file = tmp_path / 'empty.py'
   file.write_text('x = 1\n')
   with pytest.raises(ValueError, match='defines neither experiment'):
-    experiment_lib.load(str(file))
+    experiment_file.load(str(file))

@@ -17,8 +17,9 @@ SOURCES = (ROOT / 'tritera_jax', ROOT / 'kernels' / 'tritera_kernels')
 # `__init__` names all that is to be called, and imports none of it by itself.
 MAY_IMPORT = {
   '__init__': {
-    'checkpoint', 'data', 'eval', 'experiment', 'generate', 'model',
-    'parallel', 'quantlm', 'show', 'ternary', 'train', 'tritera_kernels',
+    'checkpoint', 'data', 'eval', 'experiment', 'experiment_file',
+    'generate', 'model', 'parallel', 'quantlm', 'show', 'ternary', 'train',
+    'tritera_kernels',
   },
   'tritera_kernels': set(),
   'ternary': {'parallel', 'tritera_kernels'},
@@ -28,12 +29,13 @@ MAY_IMPORT = {
   'data': {'validated'},
   'model': {'ternary', 'parallel', 'tritera_kernels'},
   'experiment': {'model', 'parallel', 'ternary', 'validated'},
+  'experiment_file': {'experiment'},
   'checkpoint': {
     'experiment', 'model', 'ternary', 'parallel', 'tritera_kernels',
   },
   'train': {
-    'checkpoint', 'data', 'experiment', 'model', 'parallel', 'pictures',
-    'ternary', 'validated',
+    'checkpoint', 'data', 'experiment', 'experiment_file', 'model',
+    'parallel', 'pictures', 'ternary', 'validated',
   },
   'generate': {
     'checkpoint', 'data', 'experiment', 'model', 'parallel', 'ternary',
@@ -49,16 +51,17 @@ MAY_IMPORT = {
   'plan': {'experiment', 'model', 'parallel', 'ternary', 'train'},
   'show': {'experiment', 'model'},
   'quickstart': {
-    'checkpoint', 'data', 'eval', 'experiment', 'generate', 'show', 'train',
+    'checkpoint', 'data', 'eval', 'experiment_file', 'generate', 'show',
+    'train',
   },
   'sweep': {
     'checkpoint', 'data', 'eval', 'experiment', 'model', 'scaling', 'train',
   },
   '__main__': {'cli'},
   'cli': {
-    'checkpoint', 'data', 'eval', 'experiment', 'generate', 'parallel',
-    'plan', 'quantlm', 'quickstart', 'scaling', 'show', 'sweep', 'train',
-    'tritera_kernels',
+    'checkpoint', 'data', 'eval', 'experiment', 'experiment_file',
+    'generate', 'parallel', 'plan', 'quantlm', 'quickstart', 'scaling',
+    'show', 'sweep', 'train', 'tritera_kernels',
   },
 }  # fmt: skip
 NOBODY_IMPORTS = {'experiments', 'notebooks', 'tests', 'kernels'}

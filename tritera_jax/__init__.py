@@ -25,7 +25,7 @@ if TYPE_CHECKING:
     OptimizerConfig,
     RunConfig,
   )
-  from tritera_jax.experiment import load as load_experiment
+  from tritera_jax.experiment_file import load as load_experiment
   from tritera_jax.generate.load import complete, complete_all, stream
   from tritera_jax.generate.load import load as load_model
   from tritera_jax.generate.sampling import Sampling
@@ -67,7 +67,7 @@ _PLACES = {
   'latent_fingerprint': 'tritera_jax.checkpoint.pack',
   'latent_matrices': 'tritera_jax.model.quantized:latents',
   'linear_parameters': 'tritera_jax.model.flops',
-  'load_experiment': 'tritera_jax.experiment:load',
+  'load_experiment': 'tritera_jax.experiment_file:load',
   'load_model': 'tritera_jax.generate.load:load',
   'open_split': 'tritera_jax.data.shards',
   'pack_codes': 'tritera_kernels.packed:pack',

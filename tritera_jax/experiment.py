@@ -7,13 +7,9 @@ resolved experiment is written as JSON beside every checkpoint.
 """
 
 import dataclasses
-import difflib
 import fractions
-import importlib.util
 import json
 import math
-from pathlib import Path
-import types
 from typing import Literal
 
 import pydantic
@@ -440,54 +436,3 @@ def from_json(text: str, source: str = 'experiment.json') -> Experiment:
       each by its dotted name.
   """
   return validated.from_json(_ADAPTER, text, source)
-
-
-def load(path: str) -> Experiment:
-  """The experiment of a Python file, or `file.py:name` of its sweep.
-
-  Raises:
-    FileNotFoundError: there is no such file.
-    ValueError: the file defines neither, or its sweep has no such name.
-  """
-  file, _, name = path.partition('.py:')
-  file = Path(file if not name else file + '.py')
-  module = _load_module(file)
-  if hasattr(module, 'sweep'):
-    sweep = module.sweep()
-    if name in sweep:
-      return sweep[name]
-    near = difflib.get_close_matches(name, sweep, n=3) or sorted(sweep)
-    raise ValueError(
-      f'{file} is a sweep{f" without {name!r}" if name else ""}; name one of '
-      f'its experiments: {file}:{near[0]}, ... ({", ".join(near)})'
-    )
-  if not hasattr(module, 'experiment'):
-    raise ValueError(f'{file} defines neither experiment() nor sweep()')
-  if name:
-    raise ValueError(f'{file} is one experiment, not a sweep; drop :{name}')
-  return module.experiment()
-
-
-def load_sweep(file: str) -> dict[str, Experiment]:
-  """The experiments of a Python file's sweep, by name.
-
-  Raises:
-    FileNotFoundError: there is no such file.
-    ValueError: the file defines no sweep.
-  """
-  module = _load_module(Path(file))
-  if not hasattr(module, 'sweep'):
-    raise ValueError(f'{file} has no sweep(); it takes names to experiments')
-  return module.sweep()
-
-
-def _load_module(file: Path) -> types.ModuleType:
-  if file.suffix != '.py' or not file.is_file():
-    raise FileNotFoundError(
-      f'no experiment file {file} (a .py file, or file.py:name)'
-    )
-  spec = importlib.util.spec_from_file_location(file.stem, file)
-  assert spec is not None and spec.loader is not None  # it ends in .py
-  module = importlib.util.module_from_spec(spec)
-  spec.loader.exec_module(module)
-  return module

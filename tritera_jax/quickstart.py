@@ -11,8 +11,7 @@ import time
 
 import tqdm
 
-from tritera_jax import experiment as experiment_lib
-from tritera_jax import show
+from tritera_jax import experiment_file, show
 from tritera_jax.checkpoint import pack, restore, save
 from tritera_jax.data import prepare, shards
 from tritera_jax.eval import baselines, perplexity
@@ -28,7 +27,7 @@ SUBSET_TOKENS = 16_384
 
 def main(path: str = EXPERIMENT):
   started = time.perf_counter()
-  experiment = experiment_lib.load(path)
+  experiment = experiment_file.load(path)
   run = Path(experiment.run.folder)
   say = functools.partial(print, flush=True)
   bar = functools.partial(tqdm.tqdm, unit='batch', leave=False, mininterval=1)

@@ -9,7 +9,7 @@ import pydantic
 def from_json(
   adapter: pydantic.TypeAdapter, text: str | bytes, source: str
 ) -> Any:
-  """What `text` says: every field there, none more, none coerced.
+  """What `text` says: no field more, none of another type.
 
   Raises:
     ValueError: it is not; each problem is named by `source` and dotted field.

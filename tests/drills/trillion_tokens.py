@@ -185,7 +185,7 @@ def train(experiment: Path, run: Path) -> tuple[list[dict], float, float]:
 
 def resume(folder: Path, source: TokenSource) -> str:
   """Trains 8 steps across the end of the first epoch, and the first 8."""
-  from tritera_jax import experiment as experiment_lib
+  from tritera_jax import experiment_file
   from tritera_jax.checkpoint import save
   from tritera_jax.train import step
 
@@ -202,7 +202,7 @@ def resume(folder: Path, source: TokenSource) -> str:
     )
     run = folder / f'run_{first}'
     if first:
-      experiment = experiment_lib.load(str(file))
+      experiment = experiment_file.load(str(file))
       save.write_experiment(experiment, run)
       state = step.init_state(experiment)
       state = state._replace(step=state.step + first)

@@ -10,7 +10,7 @@ import pytest
 import zstandard
 
 from tritera_jax import experiment as experiment_lib
-from tritera_jax import show
+from tritera_jax import experiment_file, show
 from tritera_jax.data import shards
 from tritera_jax.model import decoder, flops
 from tritera_jax.parallel import mesh as mesh_lib
@@ -36,7 +36,7 @@ PAPER = {
 
 def every_experiment():
   for file in sorted(FOLDER.glob('*.py')):
-    module = experiment_lib._load_module(file)
+    module = experiment_file.load_module(file)
     if hasattr(module, 'sweep'):
       yield from (f'{file}:{name}' for name in module.sweep())
     elif hasattr(module, 'experiment'):  # some train nothing
@@ -45,7 +45,7 @@ def every_experiment():
 
 @pytest.mark.parametrize('path', list(every_experiment()))
 def test_every_experiment_loads_and_has_the_shapes_it_counts(path):
-  experiment = experiment_lib.load(path)
+  experiment = experiment_file.load(path)
   text = experiment_lib.to_json(experiment)
   assert experiment_lib.from_json(text) == experiment
   leaves = jax.tree.leaves(decoder.abstract_params(experiment.model))
@@ -57,8 +57,8 @@ def test_every_experiment_loads_and_has_the_shapes_it_counts(path):
 @pytest.mark.parametrize('size', PAPER)
 def test_the_nine_sizes_are_the_papers(size):
   parameters, float_gbit, ternary_gbit = PAPER[size]
-  trilm = experiment_lib.load(f'{SPECTRA}:trilm_{size}')
-  floatlm = experiment_lib.load(f'{SPECTRA}:floatlm_{size}')
+  trilm = experiment_file.load(f'{SPECTRA}:trilm_{size}')
+  floatlm = experiment_file.load(f'{SPECTRA}:floatlm_{size}')
   # The paper prints 190.0M where its own Table 4 (3.05 Gbit) gives 190.5M.
   assert flops.parameters(trilm.model, padded=False) == pytest.approx(
     parameters, rel=3e-3 if size == '190m' else 5e-4
@@ -81,22 +81,22 @@ def test_the_nine_sizes_are_the_papers(size):
 ])  # fmt: skip
 def test_spectra_1_1_sizes_are_near_their_names(size, count):
   path = f'{FOLDER}/spectra_1_1.py:trilm_{size}'
-  experiment = experiment_lib.load(path)
+  experiment = experiment_file.load(path)
   assert flops.parameters(experiment.model) == pytest.approx(count, rel=0.04)
   assert experiment.tokens == pytest.approx(1.2e12, rel=1e-5)
 
 
 def test_a_wrong_name_is_answered_with_the_nearest():
   with pytest.raises(ValueError, match=r'without .trilm_99.*trilm_99m'):
-    experiment_lib.load(f'{SPECTRA}:trilm_99')
+    experiment_file.load(f'{SPECTRA}:trilm_99')
   with pytest.raises(ValueError, match='is a sweep; name one'):
-    experiment_lib.load(SPECTRA)
+    experiment_file.load(SPECTRA)
   with pytest.raises(FileNotFoundError, match='no experiment file'):
-    experiment_lib.load('experiments/none.py')
+    experiment_file.load('experiments/none.py')
 
 
 def module(name):
-  return experiment_lib._load_module(FOLDER / f'{name}.py')
+  return experiment_file.load_module(FOLDER / f'{name}.py')
 
 
 # Those whose parts no other test trains; a program takes seconds to compile.
@@ -105,7 +105,7 @@ def module(name):
   'bitnet_b158.py:mini_bitnet_2b4t_0',
 ])  # fmt: skip
 def test_a_mini_trains(mini, tiny_data):
-  experiment = experiment_lib.load(f'{FOLDER}/{mini}')
+  experiment = experiment_file.load(f'{FOLDER}/{mini}')
   rows, length = experiment.data.batch_size, 32
   tokens = shards.open_split(tiny_data, 'train').read(0, rows * (length + 1))
   tokens = jnp.asarray(tokens, jnp.int32).reshape(rows, -1)

@@ -5,7 +5,7 @@ import numpy as np
 import pytest
 
 from tests.quantlm import oracle
-from tritera_jax import experiment as experiment_lib
+from tritera_jax import experiment_file
 from tritera_jax.model import flops
 from tritera_jax.quantlm import uniform
 from tritera_jax.quantlm.run import Quantization
@@ -28,7 +28,7 @@ BITS = (8, 6, 4, 3)
 
 @pytest.mark.parametrize('size', PAPER)
 def test_sizes_are_those_of_the_papers_table(size):
-  model = experiment_lib.load(f'experiments/spectra.py:floatlm_{size}').model
+  model = experiment_file.load(f'experiments/spectra.py:floatlm_{size}').model
   for bits, gbit in zip(BITS, PAPER[size], strict=True):
     grid = Grid(bits, 128 if bits < 5 else None, symmetric=True)
     got = flops.size_bits(model, grid.bits_per_weight) / 1e9

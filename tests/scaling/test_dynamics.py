@@ -7,12 +7,12 @@ import zipfile
 import numpy as np
 import pytest
 
-from tritera_jax import experiment as experiment_lib
+from tritera_jax import experiment_file
 from tritera_jax.scaling import dynamics, dynamics_files, dynamics_report
 from tritera_jax.scaling.dynamics import Curve, Deceleration, NoBreakError
 
 FOLDER = Path(__file__).parents[2] / 'experiments'
-PAPER = experiment_lib._load_module(FOLDER / 'dynamics.py').PAPER
+PAPER = experiment_file.load_module(FOLDER / 'dynamics.py').PAPER
 
 
 def kept(steps):

@@ -61,13 +61,13 @@ def bytes_bar() -> Iterator[Callable[[int, int], None]]:
 
 def resolve(verb: str, args: list[str]):
   """The experiment that `args` name, without its overrides."""
-  from tritera_jax import experiment
+  from tritera_jax import experiment_file
 
   usage = f'usage: tritera {verb} EXPERIMENT.py[:NAME] [--section.field VALUE]'
   if not args or args[0] in ('-h', '--help'):
     print(f'{usage}\n  EXPERIMENT.py --help lists every field')
     raise SystemExit(0 if args else 2)
-  return experiment.load(args[0])
+  return experiment_file.load(args[0])
 
 
 def with_overrides(verb: str, args: list[str], function: Callable):

@@ -74,7 +74,7 @@ def train(args: list[str]):
 
 
 def sweep(args: list[str]):
-  from tritera_jax import experiment as experiment_lib
+  from tritera_jax import experiment_file
   from tritera_jax import sweep as sweep_lib
   from tritera_jax.experiment import Experiment
 
@@ -108,7 +108,7 @@ def sweep(args: list[str]):
         config=(tyro.conf.AvoidSubcommands,),
       )
       for name, experiment in sweep_lib.chosen(
-        experiment_lib.load_sweep(file), patterns
+        experiment_file.load_sweep(file), patterns
       ).items()
     }
     if array:
@@ -123,7 +123,7 @@ def sweep(args: list[str]):
 
 
 def bench(args: list[str]):
-  from tritera_jax import experiment as experiment_lib
+  from tritera_jax import experiment_file
   from tritera_jax.train import bench
 
   if args[:1] != ['train']:
@@ -145,7 +145,7 @@ def bench(args: list[str]):
         batches for one GPU.
       out: folder for train.jsonl and train.md.
     """
-    named = {name: experiment_lib.load(name) for name in experiments}
+    named = {name: experiment_file.load(name) for name in experiments}
     if spectra:
       options, more = bench.spectra(options)
       named |= more

@@ -22,7 +22,7 @@ import time
 
 import jax
 
-from tritera_jax import experiment as experiment_lib
+from tritera_jax import experiment_file
 from tritera_jax.experiment import Experiment
 from tritera_jax.model.attention import Kernel
 from tritera_jax.model.decoder import Remat
@@ -84,7 +84,7 @@ def spectra(options: Options) -> tuple[Options, dict[str, Experiment]]:
     attentions=options.attentions or _SPECTRA_ATTENTIONS,
   )
   names = [f'experiments/spectra.py:trilm_{size}' for size in _SPECTRA]
-  return options, {name: experiment_lib.load(name) for name in names}
+  return options, {name: experiment_file.load(name) for name in names}
 
 
 def header() -> dict[str, str]:
