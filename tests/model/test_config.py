@@ -28,3 +28,10 @@ def test_a_shape_that_cannot_be_is_refused(changes, message):
 def test_the_vocabulary_is_padded_to_128_a_block(blocks, rows):
   config = dataclasses.replace(TINY, vocab_size=50_277, scale_blocks=blocks)
   assert config.padded_vocab_size == rows
+
+
+def test_an_imported_vocabulary_needs_no_padding():
+  config = dataclasses.replace(
+    TINY, vocab_size=32_002, scale_blocks=2, vocab_multiple=1
+  )
+  assert config.padded_vocab_size == 32_002

@@ -104,7 +104,7 @@ def test_a_layer_multiplies_the_papers_matrix_and_derives_its(
     whole, y, dx, dw = jax.jit(both, in_shardings=(rows, lies, rows))(
       x, w_KN, dy
     )
-  codes, scale = quantize.QUANTIZERS[family](jnp.asarray(w_KN), blocks, axis)
+  codes, scale = quantize.quantizer(family)(jnp.asarray(w_KN), blocks, axis)
   np.testing.assert_array_equal(whole, quantize.dequantize(codes, scale, axis))
   paper = {'ternary': oracle.ternary, 'binary': oracle.binary}[family]
   _, effective, _ = paper(w_KN.T, blocks, axis)

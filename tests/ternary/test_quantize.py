@@ -33,7 +33,7 @@ def latent(shape, seed=0):
 @pytest.mark.parametrize(('shape', 'blocks', 'axis'), SHAPES_AND_BLOCKS)
 def test_codes_and_scales_are_the_papers(family, shape, blocks, axis):
   w_KN = latent(shape)
-  codes, scale = quantize.QUANTIZERS[family](w_KN, blocks, axis)
+  codes, scale = quantize.quantizer(family)(w_KN, blocks, axis)
   want_codes, want_effective, want_scale = ORACLES[family](w_KN.T, blocks, axis)
   np.testing.assert_array_equal(codes, want_codes.T)
   np.testing.assert_allclose(scale, want_scale, rtol=3e-7)
@@ -82,11 +82,11 @@ def test_ties_round_to_the_even_code_zero():
 def test_a_block_that_is_not_finite_has_scale_nan_and_codes_zero(bad, family):
   w_KN = latent((6, 8))
   w_KN = w_KN.at[2, 5].set(bad)
-  codes, scale = quantize.QUANTIZERS[family](w_KN, 2, 'out')
+  codes, scale = quantize.quantizer(family)(w_KN, 2, 'out')
   assert np.isnan(scale).tolist() == [False, True]
   assert not codes[:, 4:].any()
   assert np.isnan(quantize.dequantize(codes, scale, 'out')[:, 4:]).all()
-  fine_codes, fine_scale = quantize.QUANTIZERS[family](w_KN[:, :4])
+  fine_codes, fine_scale = quantize.quantizer(family)(w_KN[:, :4])
   np.testing.assert_array_equal(codes[:, :4], fine_codes)
   assert scale[0] == fine_scale[0]
 
@@ -96,7 +96,7 @@ def test_a_block_that_is_not_finite_has_scale_nan_and_codes_zero(bad, family):
 @pytest.mark.parametrize('axis', ['out', 'in'])
 def test_every_mesh_gives_the_same_bits(family, blocks, axis):
   w_KN = latent((1024, 768), seed=3)
-  quantizer = jax.jit(quantize.QUANTIZERS[family], static_argnums=(1, 2))
+  quantizer = jax.jit(quantize.quantizer(family), static_argnums=(1, 2))
   want_codes, want_scale = quantizer(w_KN, blocks, axis)
   for data, fsdp, tensor in ((1, 1, 1), (1, 2, 1), (1, 1, 4), (2, 2, 2)):
     count = data * fsdp * tensor
@@ -131,3 +131,15 @@ def test_a_nan_anywhere_is_seen_under_jit_and_vmap(shape):
   w_LKN = jnp.stack([latent(shape), latent(shape).at[3, 70].set(jnp.nan)])
   _, scale = jax.jit(jax.vmap(quantize.ternarize))(w_LKN)
   assert np.isnan(scale).tolist() == [[False], [True]]
+
+
+def test_a_floor_is_the_least_scale_and_not_added_to_it():
+  """BitNet b1.58's weight_quant: codes by mean|W|, at least 1e-5."""
+  w_KN = latent((96, 64))
+  codes, scale = quantize.ternarize(w_KN, floor=True)
+  mean = np.abs(np.asarray(w_KN, np.float64)).mean()
+  np.testing.assert_allclose(scale, [mean], rtol=3e-7)
+  want = np.clip(np.rint(np.asarray(w_KN, np.float64) / mean), -1, 1)
+  np.testing.assert_array_equal(codes, want)
+  _, scale = quantize.ternarize(jnp.full((4, 4), 1e-7), floor=True)
+  np.testing.assert_array_equal(scale, np.float32([1e-5]))

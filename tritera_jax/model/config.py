@@ -45,6 +45,10 @@ class ModelConfig:
     scale_blocks: scales a matrix: the paper's model-parallel degree, here a
       setting of the model and never an effect of the mesh. Blocks lie along
       outputs for q, k, v, gate, up and along inputs for o, down.
+    scale_floor: a ternary scale is max(1e-5, mean|W|), as BitNet's, and not
+      1e-5 + mean|W|.
+    vocab_multiple: embedding and head are padded to a multiple of this for
+      each scale block (Spectra A.1); 1: they are not.
     qk_norm: RMSNorm with gain on each query and key head (Spectra-1.1).
     mlp_activation: of the MLP's gate: 'silu' (SwiGLU), or 'relu2', ReLU
       squared.
@@ -75,6 +79,8 @@ class ModelConfig:
   head_dim: int
   context_length: int
   scale_blocks: int = 1
+  scale_floor: bool = False
+  vocab_multiple: int = 128
   qk_norm: bool = False
   mlp_activation: Literal['silu', 'relu2'] = 'silu'
   sub_norm: bool = False
@@ -89,7 +95,7 @@ class ModelConfig:
   def __post_init__(self):
     for field in (
       'vocab_size', 'layers', 'd_model', 'd_ff', 'heads', 'kv_heads',
-      'head_dim', 'context_length', 'scale_blocks',
+      'head_dim', 'context_length', 'scale_blocks', 'vocab_multiple',
     ):  # fmt: skip
       if getattr(self, field) < 1:
         raise ValueError(f'model.{field}={getattr(self, field)} must be >= 1')
@@ -115,8 +121,10 @@ class ModelConfig:
 
   @property
   def padded_vocab_size(self) -> int:
-    """Rows of embedding and head: a multiple of 128 x blocks (Spectra A.1)."""
-    multiple = 128 * self.scale_blocks
+    """Rows of embedding and head."""
+    multiple = self.vocab_multiple
+    if multiple > 1:
+      multiple *= self.scale_blocks
     return -(-self.vocab_size // multiple) * multiple
 
   @property

@@ -32,6 +32,7 @@ def linear(config: ModelConfig, name: str, *, rngs: nnx.Rngs) -> FloatLinear:
       family=config.family,
       scale_blocks=config.scale_blocks,
       scale_axis=spec.scale_axis,
+      scale_floor=config.scale_floor,
       axes=spec.axes,
       init_std=init_std,
       rngs=rngs,

@@ -38,7 +38,7 @@ def codes_and_scales(
     raise ValueError(
       "model.family='float' has no codes; train a 'ternary' or 'binary' model"
     )
-  quantizer = quantize.QUANTIZERS[config.family]
+  quantizer = quantize.quantizer(config.family, floor=config.scale_floor)
   return {
     name: jax.vmap(
       functools.partial(

@@ -51,12 +51,14 @@ def _dot(a, b, contract_a: int, contract_b: int, dtype) -> jax.Array:
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(2, 3, 4, 5))
-def _straight_through(x_MK, w_KN, family, blocks, axis, exchange) -> jax.Array:
-  return _forward(x_MK, w_KN, family, blocks, axis, exchange)[0]
+def _straight_through(
+  x_MK, w_KN, quantizer, blocks, axis, exchange
+) -> jax.Array:
+  return _forward(x_MK, w_KN, quantizer, blocks, axis, exchange)[0]
 
 
-def _forward(x_MK, w_KN, family, blocks, axis, exchange):
-  codes_KN, scale_S = quantize.QUANTIZERS[family](w_KN, blocks, axis)
+def _forward(x_MK, w_KN, quantizer, blocks, axis, exchange):
+  codes_KN, scale_S = quantizer(w_KN, blocks, axis)
   kept = codes_KN
   if exchange is not None:
     kept = exchange.pack(codes_KN)
@@ -73,8 +75,8 @@ def _forward(x_MK, w_KN, family, blocks, axis, exchange):
   return y_MN.astype(x_MK.dtype), (x_MK, kept, scale_S)
 
 
-def _backward(family, blocks, axis, exchange, residuals, g_MN):
-  del family, blocks
+def _backward(quantizer, blocks, axis, exchange, residuals, g_MN):
+  del quantizer, blocks
   x_MK, codes_KN, scale_S = residuals
   if exchange is not None:
     codes_KN = exchange.gather(codes_KN, (x_MK.shape[-1], g_MN.shape[-1]))
@@ -129,13 +131,14 @@ def straight_through_matmul(
   family: Family,
   blocks: int = 1,
   axis: ScaleAxis = 'out',
+  floor: bool = False,
   exchange: Exchange | None = None,
 ) -> Float[Array, '*batch N']:
   """x @ (scale * codes of w), straight-through to the float32 latents w.
 
   Sums are float32 whatever x's dtype; the result has x's dtype. `family` is
-  'ternary' or 'binary'. With an exchange, devices send each other codes in its
-  way, in either pass.
+  'ternary' or 'binary', `floor` as of `quantize.quantizer`. With an
+  exchange, devices send each other codes in its way, in either pass.
 
   Raises:
     ValueError: the blocks do not fit the matrix (see `quantize.ternarize`).
@@ -144,7 +147,7 @@ def straight_through_matmul(
     axis = 'out'  # one scale: multiply the sums, whichever axis it is said of
   x_MK = zigzag.merged(x)
   y_MN: jax.Array = _straight_through(
-    x_MK, w_KN, family, blocks, axis, exchange
+    x_MK, w_KN, quantize.quantizer(family, floor=floor), blocks, axis, exchange
   )
   return y_MN.reshape(*x.shape[:-1], w_KN.shape[1])
 
@@ -201,7 +204,8 @@ class QuantizedLinear(FloatLinear):
   """y = x (scale * codes): TriLM's layer ('ternary') and BiLM's ('binary').
 
   Invariants: `kernel` is the latent matrix, float32 [K, N]; its codes and
-  scales follow from it alone and from (family, scale_blocks, scale_axis).
+  scales follow from it alone and from (family, scale_blocks, scale_axis,
+  scale_floor).
   """
 
   def __init__(
@@ -212,6 +216,7 @@ class QuantizedLinear(FloatLinear):
     family: Family,
     scale_blocks: int,
     scale_axis: ScaleAxis,
+    scale_floor: bool = False,
     axes: tuple[str, str],
     init_std: float,
     rngs: nnx.Rngs,
@@ -223,6 +228,7 @@ class QuantizedLinear(FloatLinear):
     self.family: Family = family
     self.scale_blocks = scale_blocks
     self.scale_axis: ScaleAxis = scale_axis
+    self.scale_floor = scale_floor
 
   def __call__(self, x: Float[Array, '*batch K']) -> Float[Array, '*batch N']:
     return straight_through_matmul(
@@ -231,5 +237,6 @@ class QuantizedLinear(FloatLinear):
       family=self.family,
       blocks=self.scale_blocks,
       axis=self.scale_axis,
+      floor=self.scale_floor,
       exchange=self.exchange,
     )

@@ -4,6 +4,8 @@
   gamma = eps + mean|W|,   codes = round(clip(W / gamma, -1, 1))   (ternary)
   alpha = mean|W|,         codes = sign(W - mean(W))               (binary)
 
+BitNet b1.58 has max(eps, mean|W|) for gamma: `floor`.
+
 The mean is taken over a scale block: one of `blocks` equal runs of outputs
 (scale_axis 'out') or of inputs ('in'). Float addition is not associative, so a
 float mean would depend on how a mesh splits the matrix. Here it is an integer
@@ -18,6 +20,8 @@ NaN.
 Shapes: K inputs, N outputs, S scale blocks; `n` is the blocked axis.
 """
 
+from collections.abc import Callable
+import functools
 from typing import Literal
 
 from jax import lax
@@ -108,16 +112,23 @@ def _block_mean(
 
 
 def ternarize(
-  w_KN: Float32[Array, 'K N'], blocks: int = 1, axis: ScaleAxis = 'out'
+  w_KN: Float32[Array, 'K N'],
+  blocks: int = 1,
+  axis: ScaleAxis = 'out',
+  *,
+  floor: bool = False,
 ) -> tuple[Int8[Array, 'K N'], Float32[Array, ' S']]:
   """Codes in {-1, 0, 1} and one scale a block (Spectra 3.1; eps of A.1).
+
+  With `floor`, eps is the least that a scale can be, and is not added to it.
 
   Raises:
     ValueError: `blocks` does not divide the axis, or a block is too large.
   """
   K, N = w_KN.shape
   check_blocks((K, N), blocks, axis)
-  scale_S = EPS + _block_mean(jnp.abs(w_KN), blocks, axis)
+  mean_S = _block_mean(jnp.abs(w_KN), blocks, axis)
+  scale_S = jnp.maximum(mean_S, EPS) if floor else EPS + mean_S
   codes_KN = jnp.round(jnp.clip(w_KN / _spread(scale_S, K, N, axis), -1, 1))
   codes_KN = jnp.where(jnp.isnan(codes_KN), 0.0, codes_KN)
   return codes_KN.astype(jnp.int8), scale_S
@@ -142,7 +153,12 @@ def binarize(
   return codes_KN.astype(jnp.int8), scale_S
 
 
-QUANTIZERS = {'ternary': ternarize, 'binary': binarize}
+@functools.cache  # one object, so that JAX knows it again
+def quantizer(family: Family, *, floor: bool = False) -> Callable:
+  """`ternarize` or `binarize`; `floor` is for the former."""
+  if family == 'ternary':
+    return functools.partial(ternarize, floor=floor)
+  return binarize
 
 
 def dequantize(

@@ -16,6 +16,8 @@ def matrix_stats(
   before_KN: Int8[Array, 'K N'],
   scale_before_S: Float32[Array, ' S'],
   axis: ScaleAxis,
+  *,
+  floor: bool = False,
 ) -> dict[str, Float32[Array, '']]:
   """Statistics of one ternary matrix against one update before.
 
@@ -25,7 +27,7 @@ def matrix_stats(
   scale_drift: mean of |scale / scale before - 1|.
   """
   blocks = scale_before_S.shape[0]
-  codes_KN, scale_S = quantize.ternarize(w_KN, blocks, axis)
+  codes_KN, scale_S = quantize.ternarize(w_KN, blocks, axis, floor=floor)
   ones_KN = jnp.ones_like(codes_KN)
   threshold_KN = quantize.dequantize(ones_KN, scale_S, axis) / 2
   near_KN = jnp.abs(jnp.abs(w_KN) - threshold_KN) < 0.1 * threshold_KN
@@ -43,9 +45,11 @@ def stacked_stats(
   before_LKN: Int8[Array, 'L K N'],
   scale_before_LS: Float32[Array, 'L S'],
   axis: ScaleAxis,
+  *,
+  floor: bool = False,
 ) -> dict[str, Float32[Array, '']]:
   """`matrix_stats` averaged over layers."""
-  stats = jax.vmap(functools.partial(matrix_stats, axis=axis))(
+  stats = jax.vmap(functools.partial(matrix_stats, axis=axis, floor=floor))(
     w_LKN, before_LKN, scale_before_LS
   )
   return jax.tree.map(jnp.mean, stats)

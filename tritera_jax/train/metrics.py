@@ -53,7 +53,11 @@ codes_and_scales = jax.jit(quantized.codes_and_scales, static_argnums=0)
 def _telemetry(config: ModelConfig, params, before):
   return {
     name: stats.stacked_stats(
-      w_LKN, codes_LKN, scale_LS, config.linears[name].scale_axis
+      w_LKN,
+      codes_LKN,
+      scale_LS,
+      config.linears[name].scale_axis,
+      floor=config.scale_floor,
     )
     for name, w_LKN in quantized.latents(config, params).items()
     for codes_LKN, scale_LS in [before[name]]

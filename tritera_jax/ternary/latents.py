@@ -1,0 +1,115 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Latents for codes and scales that are given: `quantize` backwards.
+
+A checkpoint of ternarised weights has no latents, and a run is its latents.
+Among all that round to given codes these have zeros for zeros, and for the
+others the one magnitude that makes the mean what the scale asks for, to the
+bit: some are one step of the mean's integer grid larger than the rest.
+
+Shapes: K inputs, N outputs, S scale blocks.
+"""
+
+import functools
+
+import jax
+from jaxtyping import Float32, Int8
+import numpy as np
+
+from tritera_jax.ternary import quantize
+from tritera_jax.ternary.quantize import EPS, ScaleAxis
+
+# The mean is a float32 quotient of a float32 sum, each rounded: a total a few
+# units in the last place off may be the one.
+_TRIES = sorted(range(-16, 17), key=abs)
+
+
+@functools.partial(jax.jit, static_argnums=(1, 2, 3))
+def _ternarize(w_KN, blocks, axis, floor):
+  return quantize.ternarize(w_KN, blocks, axis, floor=floor)
+
+
+def latents_of(
+  codes_KN: Int8[np.ndarray, 'K N'],
+  scale_S: Float32[np.ndarray, ' S'],
+  axis: ScaleAxis,
+  *,
+  floor: bool,
+  ulps: int = 0,
+) -> Float32[np.ndarray, 'K N']:
+  """Latents that `quantize.ternarize` takes to these codes and scales.
+
+  A block of zeros has scale eps, whatever `scale_S` says of it: that scale
+  multiplies nothing.
+
+  Args:
+    codes_KN: in {-1, 0, 1}.
+    scale_S: positive; one for each of S blocks along `axis`.
+    axis: 'out' (N) or 'in' (K).
+    floor: as of `quantize.ternarize`. With it there are latents for every
+      scale whose product with the block's size has at most 24 significant
+      bits: a float16 or bfloat16 one, of matrices of usual widths. Of others,
+      some have none.
+    ulps: how many units in the last place of a float32 a scale may be off.
+
+  Raises:
+    ValueError: a code or a scale is none, the blocks do not fit, or no latents
+      have such a scale: the block, the scale and the nearest one are named.
+  """
+  blocks, (K, N) = scale_S.shape[0], codes_KN.shape
+  quantize.check_blocks((K, N), blocks, axis)
+  if codes_KN.size and not -1 <= codes_KN.min() <= codes_KN.max() <= 1:
+    raise ValueError(f'codes must be -1, 0 or 1, not {np.unique(codes_KN)}')
+  offset = 0.0 if floor else EPS
+  latents_KN = np.zeros((K, N), np.float32)
+  # Views: what is written to them is written to the whole.
+  split = {'out': 1, 'in': 0}[axis]
+  codes = np.split(codes_KN, blocks, split)
+  views = np.split(latents_KN, blocks, split)
+  wanted_S = np.array(
+    [s if c.any() else EPS for s, c in zip(scale_S, codes, strict=True)],
+    np.float32,
+  )
+  for block, scale in enumerate(wanted_S):
+    if not EPS <= scale < np.inf or (codes[block].any() and scale <= offset):
+      raise ValueError(
+        f'scale {scale} of block {block} must be finite and '
+        f'{"at least" if floor else "more than"} {EPS}'
+      )
+
+  best_S = np.zeros(blocks, np.float32)
+  open_S = list(range(blocks))
+  for distance in range(ulps + 1):
+    for away in _TRIES:
+      for block in open_S:
+        _fill(views[block], codes[block], float(wanted_S[block]) - offset, away)
+      made, made_S = _ternarize(latents_KN, blocks, axis, floor)
+      made_S = np.asarray(made_S)
+      nearer = np.abs(made_S - wanted_S) < np.abs(best_S - wanted_S)
+      best_S = np.where(nearer, made_S, best_S)
+      steps_S = np.abs(made_S.view(np.int32) - wanted_S.view(np.int32))
+      open_S = [block for block in open_S if steps_S[block] > distance]
+      if not open_S:
+        if not np.array_equal(made, codes_KN):
+          raise AssertionError('latents that round to other codes')
+        return latents_KN
+  block = open_S[0]
+  raise ValueError(
+    f'no latents have scale {wanted_S[block]!r} in block {block}; the nearest '
+    f'is {best_S[block]!r}: allow ulps, or use scale_floor=True'
+  )
+
+
+def _fill(view, codes, mean: float, away: int):
+  """Writes latents of that mean magnitude, or `away` steps off it."""
+  signs = codes[codes != 0]
+  if not signs.size:
+    return
+  exponent = np.frexp(mean * codes.size / signs.size)[1]
+  # As `quantize` does: integers of 23 bits, on the grid of the largest.
+  grid = 2.0 ** (23 - exponent)
+  total = round(mean * codes.size * grid)
+  total += away * max(1, total >> 25)
+  each, larger = divmod(total, signs.size)
+  magnitude = np.full(signs.size, each, np.float64)
+  magnitude[:larger] += 1
+  view[codes != 0] = signs * (magnitude / grid)
