@@ -46,7 +46,10 @@ MAY_IMPORT = {
     'ternary', 'train', 'tritera_kernels',
   },
   'quantlm': {'checkpoint', 'data', 'experiment', 'model'},
-  'interop': {'checkpoint', 'experiment', 'model', 'tritera_kernels'},
+  'interop': {
+    'checkpoint', 'data', 'experiment', 'model', 'ternary',
+    'tritera_kernels', 'validated',
+  },
   'scaling': {'pictures', 'validated'},
   'plan': {'experiment', 'model', 'parallel', 'ternary', 'train'},
   'show': {'experiment', 'model'},
