@@ -25,13 +25,11 @@ from typing import Any, Literal, NoReturn
 import pydantic
 
 from tritera_jax import validated
-from tritera_jax.interop import names
+from tritera_jax.interop import json_file, names
 from tritera_jax.model.config import ModelConfig
 
 Form = Literal['values', 'packed', 'latents']
 ScaleMeaning = Literal['factor', 'divisor']
-
-_LONGEST = 10_000_000  # bytes of a config.json
 
 # Architecture: its model_type, and what is meant where a file says nothing.
 _ARCHITECTURES: dict[str, tuple[str, dict[str, Any]]] = {
@@ -93,42 +91,7 @@ def read_config(path: str | Path) -> Description:
       f'{path} is missing; a Hugging Face checkpoint is a folder with '
       'config.json and safetensors'
     )
-  return describe(read_json(path), str(path))
-
-
-def read_json(path: Path) -> dict[str, Any]:
-  """The object of a JSON file from outside.
-
-  Raises:
-    ValueError: it is longer than 10 MB, not JSON, no object, has a name twice
-      or a number that is none.
-  """
-  if path.stat().st_size > _LONGEST:
-    raise ValueError(f'{path} is longer than {_LONGEST} bytes; it is refused')
-  try:
-    found = json.loads(
-      path.read_bytes(),
-      object_pairs_hook=_without_repeats,
-      parse_constant=_no_number,
-    )
-  except (ValueError, RecursionError) as error:
-    raise ValueError(f'{path} cannot be read as JSON: {error}') from None
-  if not isinstance(found, dict):
-    raise ValueError(f'{path} holds {type(found).__name__}, wanted an object')
-  return found
-
-
-def _without_repeats(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-  found = dict(pairs)
-  if len(found) < len(pairs):
-    seen = set()
-    name = next(n for n, _ in pairs if n in seen or seen.add(n))
-    raise ValueError(f'the name {name!r} occurs twice')
-  return found
-
-
-def _no_number(constant: str) -> NoReturn:
-  raise ValueError(f'{constant} is no number')
+  return describe(json_file.read(path), str(path))
 
 
 class _Fields:
