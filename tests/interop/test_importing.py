@@ -1,4 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
+import contextlib
+import io
 import json
 
 import jax
@@ -6,7 +8,6 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from tests import tiny
 from tests.interop import checkpoints
 from tests.train.test_start import starting
 from tritera_jax import cli
@@ -14,8 +15,8 @@ from tritera_jax.checkpoint import restore, save
 from tritera_jax.data import loader, shards
 from tritera_jax.generate import load
 from tritera_jax.interop import huggingface, importing
-from tritera_jax.model import quantized
-from tritera_jax.train import loop
+from tritera_jax.model import decoder, quantized
+from tritera_jax.train import start
 
 TERNARY = ('trilm', 'trilm_2', 'bitnet', 'bitlinear')
 WEIGHTS = {
@@ -264,61 +265,65 @@ def test_what_was_exported_here_comes_back_as_it_was(tmp_path):
     importing.import_run(source, tmp_path / 'other')
 
 
-def test_verbs_take_an_imported_run(tiny_data, tmp_path, capsys):
+@pytest.fixture(scope='module')
+def speaking(tiny_data, tmp_path_factory):
+  """An imported run with the tokenizer of a dataset, and what was said."""
+  folder = tmp_path_factory.mktemp('speaking')
   source = checkpoints.write(
-    tmp_path / 'hf',
+    folder / 'hf',
     checkpoints.KINDS['trilm_2'],
     checkpoints.tensors('trilm_2'),
     tokenizer=tiny_data / 'tokenizer.json',
   )
-  run = str(tmp_path / 'run')
-  assert cli.main(['import', str(source), '--out', run]) == 0
-  said = capsys.readouterr().out
+  said = io.StringIO()
+  with contextlib.redirect_stdout(said):
+    args = ['import', str(source), '--out', str(folder / 'run')]
+    assert cli.main(args) == 0
+  return folder / 'run', said.getvalue()
+
+
+def test_verbs_take_an_imported_run(speaking, tiny_data, capsys):
+  run, said = speaking
   assert 'LlamaForCausalLM, ternary weights, trits1:' in said
-  assert cli.main(['eval', run]) == 1
+  assert cli.main(['eval', str(run)]) == 1
   assert 'name a dataset with --data' in capsys.readouterr().err
-  assert cli.main(['eval', run, '--data', str(tiny_data)]) == 0
-  assert cli.main(['pack', run]) == 0
+  assert cli.main(['eval', str(run), '--data', str(tiny_data)]) == 0
+  assert cli.main(['pack', str(run)]) == 0
   assert said.split()[-1] in capsys.readouterr().out  # the fingerprint
-  assert (
-    cli.main(['generate', run, '--prompt', 'def', '--new-tokens', '2']) == 0
-  )
+  args = ['generate', str(run), '--prompt', 'def', '--new-tokens', '2']
+  assert cli.main(args) == 0
 
 
-def test_training_goes_on_from_the_imported_loss(tiny_data, tmp_path):
-  source = checkpoints.write(
-    tmp_path / 'hf',
-    checkpoints.KINDS['trilm_2'],
-    checkpoints.tensors('trilm_2'),
-    tokenizer=tiny_data / 'tokenizer.json',
-  )
-  importing.import_run(source, tmp_path / 'run')
+def test_training_goes_on_from_the_imported_loss(speaking, tiny_data, tmp_path):
+  run, _ = speaking
   experiment = starting(
-    tiny_data, tmp_path / 'next', tmp_path / 'run',
+    tiny_data, tmp_path / 'next', run,
     qk_norm=False, scale_floor=True, vocab_multiple=1,
   )  # fmt: skip
-  experiment = tiny.with_run(experiment, log_every=1)
-  state = loop.train(experiment, quiet=True)
-  _, params = restore.restore_params(tmp_path / 'run')
-  jax.tree.map(np.testing.assert_array_equal, state.params, params)
-
-  lines = (tmp_path / 'next' / 'metrics.jsonl').read_text().splitlines()
-  got = next(json.loads(x)['loss'] for x in lines if '"loss"' in x)
+  start.check(experiment, shards.read_tokenizer(tiny_data))
+  device = jax.sharding.SingleDeviceSharding(jax.devices()[0])
+  [params] = start.parameters(
+    experiment,
+    jax.tree.map(
+      lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=device),
+      decoder.abstract_params(experiment.model),
+    ),
+  )
   data = experiment.data
-  [batch] = [
-    next(loader.iterate(found, 0, prefetch=0))
-    for found in [
-      loader.batches(
-        [shards.open_split(data.path, 'train')],
-        data.schedule,
-        batch_size=data.batch_size,
-        sequence_length=data.sequence_length,
-        seed=data.seed,
-      )
-    ]
-  ]
+  batches = loader.batches(
+    [shards.open_split(data.path, 'train')],
+    data.schedule,
+    batch_size=data.batch_size,
+    sequence_length=data.sequence_length,
+    seed=data.seed,
+  )
+  batch = next(iter(loader.iterate(batches, 0, prefetch=0)))
   tokens = jnp.asarray(batch['tokens'], jnp.int32)
-  logits, _ = load.load(tmp_path / 'run').model(tokens[:, :-1])
-  logs = jax.nn.log_softmax(logits)
-  want = -jnp.take_along_axis(logs, tokens[:, 1:, None], 2).mean()
-  np.testing.assert_allclose(got, want, rtol=1e-4)
+
+  def loss(model):
+    logs = jax.nn.log_softmax(model(tokens[:, :-1])[0])
+    return -jnp.take_along_axis(logs, tokens[:, 1:, None], 2).mean()
+
+  # As it is trained, quantised in the forward pass; and as it is used.
+  got = loss(decoder.bind(experiment.model, params))
+  np.testing.assert_allclose(got, loss(load.load(run).model), rtol=1e-5)
