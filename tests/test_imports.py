@@ -63,8 +63,8 @@ MAY_IMPORT = {
   '__main__': {'cli'},
   'cli': {
     'checkpoint', 'data', 'eval', 'experiment', 'experiment_file',
-    'generate', 'parallel', 'plan', 'quantlm', 'quickstart', 'scaling',
-    'show', 'sweep', 'train', 'tritera_kernels',
+    'generate', 'interop', 'parallel', 'plan', 'quantlm', 'quickstart',
+    'scaling', 'show', 'sweep', 'train', 'tritera_kernels',
   },
 }  # fmt: skip
 NOBODY_IMPORTS = {'experiments', 'notebooks', 'tests', 'kernels'}

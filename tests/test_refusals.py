@@ -18,6 +18,7 @@ import pytest
 from safetensors import numpy as safetensors
 import tensorstore as ts
 
+from tests.interop import checkpoints
 from tritera_jax import cli
 from tritera_jax.checkpoint import save
 from tritera_jax.data import prepare
@@ -245,6 +246,44 @@ def no_such_checkpoint(place):
   )
 
 
+def _import(place, kind, change, **fields) -> list[str]:
+  """Arguments that import a changed checkpoint."""
+  found = checkpoints.tensors(kind)
+  change(found)
+  source = checkpoints.write(
+    place.folder / 'hf',
+    {**checkpoints.KINDS[kind], **fields},
+    found,
+    shards=2,
+    tokenizer=place.data / 'tokenizer.json',
+  )
+  return ['import', str(source), '--out', str(place.folder / 'imported')]
+
+
+def a_weight_that_is_not_ternary(place):
+  def change(found):
+    found['model.layers.1.mlp.up_proj.weight'][2, 3] = 0.5
+
+  return (
+    _import(place, 'trilm_2', change),
+    r'layers.1.mlp.up_proj.weight: .* 0.5 at \[2, 3\] is neither 0 nor',
+  )
+
+
+def a_checkpoint_without_one_of_its_files(place):
+  arguments = _import(place, 'trilm', lambda found: None)
+  (place.folder / 'hf' / 'model-00002-of-00002.safetensors').unlink()
+  return arguments, 'model-00002-of-00002.safetensors is missing, and model'
+
+
+def a_checkpoint_with_another_rope(place):
+  scaling = {'rope_type': 'yarn', 'factor': 4.0}
+  return (
+    _import(place, 'llama', lambda found: None, rope_scaling=scaling),
+    "rope_scaling=.*'yarn'.* only plain RoPE is",
+  )
+
+
 CASES = [
   a_flipped_bit_in_a_shard,
   a_truncated_shard,
@@ -270,6 +309,9 @@ CASES = [
   a_code_of_3_in_two_bit,
   a_byte_that_no_five_trits_give,
   no_such_checkpoint,
+  a_weight_that_is_not_ternary,
+  a_checkpoint_without_one_of_its_files,
+  a_checkpoint_with_another_rope,
 ]
 
 
