@@ -46,7 +46,10 @@ MAY_IMPORT = {
     'ternary', 'train', 'tritera_kernels',
   },
   'quantlm': {'checkpoint', 'data', 'experiment', 'model'},
-  'interop': {'checkpoint', 'experiment', 'model', 'tritera_kernels'},
+  'interop': {
+    'checkpoint', 'data', 'experiment', 'model', 'ternary', 'tritera_kernels',
+    'validated',
+  },
   'scaling': {'pictures', 'validated'},
   'plan': {'experiment', 'model', 'parallel', 'ternary', 'train'},
   'show': {'experiment', 'model'},
@@ -60,8 +63,8 @@ MAY_IMPORT = {
   '__main__': {'cli'},
   'cli': {
     'checkpoint', 'data', 'eval', 'experiment', 'experiment_file',
-    'generate', 'parallel', 'plan', 'quantlm', 'quickstart', 'scaling',
-    'show', 'sweep', 'train', 'tritera_kernels',
+    'generate', 'interop', 'parallel', 'plan', 'quantlm', 'quickstart',
+    'scaling', 'show', 'sweep', 'train', 'tritera_kernels',
   },
 }  # fmt: skip
 NOBODY_IMPORTS = {'experiments', 'notebooks', 'tests', 'kernels'}

@@ -6,7 +6,7 @@ A run folder holds `experiment.json`, written before anything else, and
 says what the arrays mean; the parameters, an item of their own so that they can
 be restored alone; what else training needs to go on; and a digest of each item
 of arrays, since not every flipped bit is noticed by what reads the files. Only
-this module and `restore` name Orbax.
+this module, `restore` and `staged` name Orbax.
 """
 
 from collections.abc import Iterator, Sequence
@@ -25,6 +25,7 @@ from jaxtyping import PyTree
 import orbax.checkpoint as ocp
 
 from tritera_jax import experiment as experiment_lib
+from tritera_jax.checkpoint import staged
 from tritera_jax.experiment import Experiment, RunConfig
 from tritera_jax.model.config import ModelConfig
 from tritera_jax.parallel import digest as digest_lib
@@ -139,14 +140,16 @@ def save(
   """
   wait(checkpoints)  # Orbax would too, and fail in its own words
   there = items(state)
-  arrays = {k: ocp.args.StandardSave(v) for k, v in there.items()}
+  arrays = {
+    k: ocp.args.StandardSave(v, staged.save_args(v)) for k, v in there.items()
+  }
   try:
     saving = checkpoints.save(
       step,
       args=ocp.args.Composite(
         model=ocp.args.JsonSave(dataclasses.asdict(model)),
         digests=ocp.args.JsonSave(
-          {k: f'{int(digest(v)):08x}' for k, v in there.items()}
+          {k: f'{_digest(v):08x}' for k, v in there.items()}
         ),
         **arrays,
       ),
@@ -158,6 +161,12 @@ def save(
 
 
 digest = jax.jit(digest_lib.digest)
+
+
+def _digest(tree: PyTree) -> int:
+  if staged.is_staged(tree):
+    return digest_lib.digest_on_disk(tree)
+  return int(digest(tree))
 
 
 class Pace:

@@ -7,7 +7,7 @@ The library is imported verb by verb, so that --help is quick.
 import difflib
 import sys
 
-from tritera_jax.cli import models, studies, training
+from tritera_jax.cli import interchange, models, studies, training
 
 VERBS = {
   'prepare': (training.prepare, 'text to a tokenizer and token shards'),
@@ -16,6 +16,7 @@ VERBS = {
   'eval': (models.evaluate, 'loss on held-out text'),
   'pack': (models.pack, 'ternary weights to 2 or 1.6 bits'),
   'quantize': (models.quantize, "a FloatLM's weights to 8..2 bits"),
+  'import': (interchange.import_run, 'a Hugging Face checkpoint to a run'),
   'generate': (models.generate, 'continue a prompt'),
   'goodput': (training.goodput, 'where the time of a run went'),
   'dynamics': (studies.dynamics, 'how a loss slowed, how tokens interfere'),

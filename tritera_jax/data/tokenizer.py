@@ -12,6 +12,8 @@ from tokenizers import decoders, models, pre_tokenizers, trainers
 from tritera_jax.data import storage
 
 END_OF_TEXT = '<|endoftext|>'
+# Llama 3's, and that of sentencepiece's models.
+_OTHER_ENDS = ('<|end_of_text|>', '</s>')
 
 # Where a token may not cross: a line end with the indentation that follows it
 # is one piece, so that code's most frequent string is one token.
@@ -94,11 +96,13 @@ def end_of_text_id(tokenizer: tokenizers.Tokenizer) -> int:
   """The id that ends a document.
 
   Raises:
-    ValueError: the tokenizer has no END_OF_TEXT.
+    ValueError: the tokenizer has neither END_OF_TEXT nor another that it knows.
   """
-  token = tokenizer.token_to_id(END_OF_TEXT)
-  if token is None:
-    raise ValueError(
-      f'the tokenizer has no {END_OF_TEXT} token; add it as a special token'
-    )
-  return token
+  for name in (END_OF_TEXT, *_OTHER_ENDS):
+    token = tokenizer.token_to_id(name)
+    if token is not None:
+      return token
+  raise ValueError(
+    f'the tokenizer has no {END_OF_TEXT} token, nor '
+    f'{" or ".join(_OTHER_ENDS)}; add it as a special token'
+  )

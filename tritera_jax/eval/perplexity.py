@@ -101,14 +101,16 @@ def default_data(path: str | Path) -> str:
 
   Raises:
     FileNotFoundError: `path` is not a run folder.
-    ValueError: it is a packed folder, which does not know.
+    ValueError: it is a packed folder or was imported, and does not know.
   """
-  if (Path(path) / 'model.safetensors').exists():
+  packed = (Path(path) / 'model.safetensors').exists()
+  data = '' if packed else save.read_experiment(path).data.path
+  if not data:
     raise ValueError(
-      f'{path} is packed and does not say what it was trained on; name a '
-      'dataset with --data'
+      f'{path} is {"packed" if packed else "imported"} and does not say what '
+      'it was trained on; name a dataset with --data'
     )
-  return save.read_experiment(path).data.path
+  return data
 
 
 def held_out_loss(

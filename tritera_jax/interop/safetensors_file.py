@@ -9,7 +9,7 @@ two tensors of one name, and knows nothing of the index of several files
 from collections.abc import Mapping
 import contextlib
 from pathlib import Path
-from typing import Any, NamedTuple, Self
+from typing import Any, NamedTuple
 
 import numpy as np
 import safetensors
@@ -37,6 +37,7 @@ class TensorFiles:
   A context manager; files stay open inside.
 
   Attributes:
+    path: of the file or folder.
     tensors: what is there, by name.
     metadata: of the single file's header, or of all of them together.
   """
@@ -50,12 +51,13 @@ class TensorFiles:
       ValueError: a header or the index is damaged or lies: file and tensor
         are named.
     """
+    self.path = Path(path)
     self.tensors: dict[str, Stored] = {}
     self.metadata: dict[str, str] = {}
     self._opened: dict[Path, Any] = {}
     self._stack = contextlib.ExitStack()
     with contextlib.ExitStack() as stack:
-      self._open_all(Path(path), stack)
+      self._open_all(self.path, stack)
       self._stack = stack.pop_all()
 
   def _open_all(self, path: Path, stack: contextlib.ExitStack):
@@ -64,7 +66,7 @@ class TensorFiles:
     elif (path / SINGLE).is_file():
       self._open(path / SINGLE, stack)
     elif (path / INDEX).is_file():
-      placed = _read_index(path / INDEX)
+      placed = read_index(path / INDEX)
       for file in dict.fromkeys(placed.values()):
         if not (path / file).is_file():
           raise FileNotFoundError(
@@ -105,7 +107,7 @@ class TensorFiles:
           f'index, and in {there or "no file"}; fetch index and files again'
         )
 
-  def __enter__(self) -> Self:
+  def __enter__(self) -> 'TensorFiles':
     return self
 
   def __exit__(self, *_):
@@ -165,7 +167,7 @@ def _stored(file: Path, name: str, told: Any) -> Stored:
   return Stored(file, dtype, tuple(shape))
 
 
-def _read_index(file: Path) -> dict[str, str]:
+def read_index(file: Path) -> dict[str, str]:
   """Tensor name -> name of the file that it is in."""
   placed = json_file.read(file).get('weight_map')
   if not isinstance(placed, dict) or not placed:

@@ -10,6 +10,9 @@ several do not cancel as two flipped signs would in a weighted sum.
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, PyTree, UInt32
+import numpy as np
+
+_CHAIN = 1664525
 
 
 def digest(tree: PyTree) -> UInt32[Array, '']:
@@ -29,14 +32,30 @@ def digest(tree: PyTree) -> UInt32[Array, '']:
   return total
 
 
+def digest_on_disk(tree: PyTree[np.ndarray], piece: int = 1 << 22) -> int:
+  """`digest` of arrays that lie on disk, `piece` elements at a time."""
+  total = 0
+  for leaf in jax.tree.leaves(tree):
+    flat = leaf.reshape(-1).view(f'uint{8 * leaf.dtype.itemsize}')
+    of_leaf = 0
+    for first in range(0, flat.size, piece):
+      bits = flat[first : first + piece].astype(np.uint32)
+      # Places count modulo 2^32.
+      place = np.arange(first, first + bits.size, dtype=np.uint64)
+      mixed = _mixed(bits ^ _mixed(place.astype(np.uint32) + np.uint32(1)))
+      of_leaf += int(np.sum(mixed, dtype=np.uint64))
+    total = (total * _CHAIN + of_leaf) % 2**32
+  return total
+
+
 def chained(
   before: UInt32[Array, ''], after: UInt32[Array, '']
 ) -> UInt32[Array, '']:
   """Of two digests one that depends on their order."""
-  return before * jnp.uint32(1664525) + after
+  return before * jnp.uint32(_CHAIN) + after
 
 
-def _mixed(x: UInt32[Array, '...']) -> UInt32[Array, '...']:
-  x = (x ^ (x >> 16)) * jnp.uint32(0x85EBCA6B)
-  x = (x ^ (x >> 13)) * jnp.uint32(0xC2B2AE35)
+def _mixed(x):
+  x = (x ^ (x >> 16)) * np.uint32(0x85EBCA6B)
+  x = (x ^ (x >> 13)) * np.uint32(0xC2B2AE35)
   return x ^ (x >> 16)

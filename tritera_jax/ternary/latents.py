@@ -24,7 +24,8 @@ _TRIES = sorted(range(-16, 17), key=abs)
 
 
 @functools.partial(jax.jit, static_argnums=(1, 2, 3))
-def _ternarize(w_KN, blocks, axis, floor):
+def ternarized(w_KN, blocks, axis, floor):
+  """`quantize.ternarize`, compiled."""
   return quantize.ternarize(w_KN, blocks, axis, floor=floor)
 
 
@@ -82,7 +83,7 @@ def latents_of(
     for away in _TRIES:
       for block in open_S:
         _fill(views[block], codes[block], float(wanted_S[block]) - offset, away)
-      made, made_S = _ternarize(latents_KN, blocks, axis, floor)
+      made, made_S = ternarized(latents_KN, blocks, axis, floor)
       made_S = np.asarray(made_S)
       nearer = np.abs(made_S - wanted_S) < np.abs(best_S - wanted_S)
       best_S = np.where(nearer, made_S, best_S)

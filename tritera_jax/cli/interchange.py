@@ -1,0 +1,49 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Verbs between runs and files of other systems."""
+
+import functools
+from pathlib import Path
+from typing import Literal
+
+import tqdm
+import tyro
+from tyro.conf import Positional
+
+
+def import_run(args: list[str]):
+  from tritera_jax.interop import importing
+
+  def run(
+    path: Positional[str],
+    out: Path,
+    weights: importing.Weights | None = None,
+    dtype: Literal['float32', 'bfloat16'] | None = None,
+  ):
+    """Makes a run folder of a Hugging Face checkpoint.
+
+    Args:
+      path: folder with config.json, safetensors and tokenizer.json, or
+        hf://owner/name or hf://owner/name@revision.
+      out: folder to make: a run to score, pack, export or start from.
+      weights: what matrices hold: ternary, latents (which take any floats, to
+        train on as a ternary model) or float; default: as the files say.
+      dtype: compute dtype of the run; default: float32.
+    """
+    report = importing.import_run(
+      path,
+      out,
+      weights=weights,
+      dtype=dtype,
+      progress=functools.partial(tqdm.tqdm, unit='tensor', leave=False),
+    )
+    print(
+      f'{report.folder}: {report.architecture}, {report.weights} weights'
+      f'{f", {report.fingerprint}" if report.fingerprint else ""}'
+    )
+    if report.rounded:
+      print(
+        f'{report.rounded} matrices have another scale than the source, by '
+        'at most 4 units in the last place of a float32'
+      )
+
+  tyro.cli(run, args=args, prog='tritera import')

@@ -1,0 +1,457 @@
+# SPDX-License-Identifier: Apache-2.0
+"""A Hugging Face checkpoint to a run folder: to score, pack and train on.
+
+A ternarised matrix becomes latents that round to exactly its codes and scales
+(`ternary.latents`). The new run is written beside its place and renamed when
+all of it is there, with experiment.json, without which nothing loads, last. Of
+the parameters no more than a matrix and what is made of it lies in memory.
+"""
+
+from collections.abc import Iterator, Mapping
+import contextlib
+import dataclasses
+import json
+from pathlib import Path
+import shutil
+from typing import Any, Literal, NamedTuple
+
+import jax
+from jaxtyping import PyTree
+import numpy as np
+
+from tritera_jax.checkpoint import save, staged
+from tritera_jax.checkpoint.staged import StagedArray
+from tritera_jax.data import tokenizer as tokenizer_lib
+from tritera_jax.experiment import (
+  DataConfig,
+  Experiment,
+  OptimizerConfig,
+  RunConfig,
+)
+from tritera_jax.interop import hub, huggingface, matrices, names
+from tritera_jax.interop.huggingface import Description
+from tritera_jax.interop.safetensors_file import TensorFiles
+from tritera_jax.model import decoder
+from tritera_jax.model.config import ModelConfig
+from tritera_jax.ternary import latents as latents_lib
+from tritera_jax.ternary import quantize
+from tritera_jax.ternary.schedule import CosineSchedule
+from tritera_kernels import fingerprint
+
+Weights = Literal['ternary', 'latents', 'float']
+
+RECORD = 'imported.json'
+_FLOATS = ('F64', 'F32', 'F16', 'BF16')
+# A float32 scale may have no latents of its own (`latents.latents_of`).
+_ULPS = 4
+
+
+class Report(NamedTuple):
+  """What `import_run` wrote.
+
+  `rounded` counts matrices whose scale is that of the source only but for
+  units in a float32's last place.
+  """
+
+  folder: Path
+  architecture: str
+  weights: Weights
+  fingerprint: str | None
+  rounded: int
+
+
+class _Weights(NamedTuple):
+  """A state that has been trained elsewhere."""
+
+  params: PyTree[StagedArray]
+
+
+def import_run(
+  source: str | Path,
+  out: str | Path,
+  *,
+  weights: Weights | None = None,
+  dtype: Literal['float32', 'bfloat16'] | None = None,
+  progress=iter,
+) -> Report:
+  """Writes a new run folder from a folder of config.json and safetensors.
+
+  Args:
+    source: the folder, or hf://owner/name or hf://owner/name@revision.
+    out: folder to make.
+    weights: what the blocks' matrices hold: 'ternary' values or codes,
+      'latents' of a ternary model, or a FloatLM's ('float'). Default: as
+      config.json says, or else as the first matrix is; demanding one that the
+      file contradicts is refused. Latents can be any floats.
+    dtype: compute dtype of the run's model; default: float32, or what it was
+      before it was exported from here.
+    progress: wraps the iterable of tensors, as tqdm does.
+
+  Raises:
+    FileNotFoundError: a file is missing.
+    FileExistsError: `out` is there.
+    ValueError: the checkpoint is damaged, contradicts itself, or is of a model
+      that ours cannot be: file, tensor or field, value and fix.
+  """
+  out = Path(out)
+  if out.exists():
+    raise FileExistsError(f'{out} is there already; name a folder to be made')
+  folder = hub.local(str(source))
+  described = huggingface.read_config(folder / 'config.json')
+  with TensorFiles(folder) as files:
+    _check_tensors(files, described, folder)
+    _check_tokenizer(folder / 'tokenizer.json', described.model)
+    kind = _decide(files, described, weights)
+    model = _model(described, kind, dtype)
+    there = names.tensors(model, described.architecture)
+    with _partial(out, model) as partial:
+      work = _Work(files, described, kind, model, partial / 'staged')
+      proof = work.fill(progress(list(there.values())))
+      if proof and described.fingerprint not in (None, proof):
+        raise ValueError(
+          f'{folder}: its codes and scales have {proof}, config.json says '
+          f'{described.fingerprint}; if the weights were changed since they '
+          'were exported, delete the object "tritera" from config.json'
+        )
+      report = Report(out, described.architecture, kind, proof, work.rounded)
+      _write(partial, model, work.params, report, str(source), folder)
+  return report
+
+
+@contextlib.contextmanager
+def _partial(out: Path, model: ModelConfig) -> Iterator[Path]:
+  """A folder that becomes `out` at the end, or is no more."""
+  partial = out.with_name(f'{out.name}.partial')
+  shutil.rmtree(partial, ignore_errors=True)
+  (partial / 'staged').mkdir(parents=True)
+  try:
+    leaves = jax.tree.leaves(decoder.abstract_params(model))
+    needed = 2 * sum(leaf.size * leaf.dtype.itemsize for leaf in leaves)
+    free = shutil.disk_usage(partial).free
+    if needed > free:
+      raise ValueError(
+        f'{out} takes up to {needed / 1e9:.1f} GB while it is made, and '
+        f'{free / 1e9:.1f} GB are free there'
+      )
+    yield partial
+    partial.rename(out)
+  finally:
+    shutil.rmtree(partial, ignore_errors=True)
+
+
+def _check_tensors(files: TensorFiles, described: Description, folder: Path):
+  """Refuses what is missing, extra or of another shape, all by name."""
+  model = described.model
+  # Before as many names are made.
+  if model.layers > len(files.tensors):
+    raise ValueError(
+      f'{folder}: num_hidden_layers={model.layers}, and there are '
+      f'{len(files.tensors)} tensors'
+    )
+  problems, wanted = [], set()
+  for tensor in names.tensors(model, described.architecture).values():
+    if tensor.name == 'head' and described.tied:
+      continue
+    wanted.add(tensor.theirs)
+    stored = files.tensors.get(tensor.theirs)
+    if stored is None:
+      problems.append(f'{tensor.theirs} is missing')
+      continue
+    shape, floats = tensor.shape, stored.dtype in _FLOATS
+    if tensor.linear and described.weight_scale and stored.dtype == 'U8':
+      # Four outputs a byte.
+      shape = (shape[0] // 4 if shape[0] % 4 == 0 else -1, *shape[1:])
+    elif not floats and not (tensor.linear and described.weight_scale):
+      problems.append(
+        f'{tensor.theirs} is {stored.dtype}, without a quantization_config of '
+        "quant_method 'bitnet' that would say what it means"
+      )
+      continue
+    if stored.shape != shape:
+      problems.append(
+        f'{tensor.theirs} is {stored.dtype}{list(stored.shape)}, by '
+        f'config.json {list(shape)}'
+      )
+    if tensor.linear and described.weight_scale:
+      scale = f'{tensor.module}.weight_scale'
+      wanted.add(scale)
+      if scale not in files.tensors:
+        problems.append(f'{scale} is missing')
+      elif files.tensors[scale].shape not in ((), (1,)):
+        problems.append(
+          f'{scale} has the shape {list(files.tensors[scale].shape)}, wanted '
+          'one number'
+        )
+  for name in files.tensors.keys() - wanted:
+    if name == 'lm_head.weight' and described.tied:
+      continue
+    # Of old checkpoints: it follows from rope_theta.
+    if not name.endswith('.rotary_emb.inv_freq'):
+      problems.append(f'{name} is extra')
+  if problems:
+    shown = '; '.join(sorted(problems)[:8])
+    more = f'; and {len(problems) - 8} more' if len(problems) > 8 else ''
+    raise ValueError(
+      f'{folder}: its tensors are not those of {described.architecture} by '
+      f'config.json: {shown}{more}'
+    )
+
+
+def _check_tokenizer(file: Path, model: ModelConfig):
+  if not file.is_file():
+    raise FileNotFoundError(
+      f'{file} is missing; make it from another kind of tokenizer with '
+      'transformers: AutoTokenizer.from_pretrained(FOLDER).save_pretrained('
+      'FOLDER)'
+    )
+  ids = tokenizer_lib.load_tokenizer(file).get_vocab()
+  name = max(ids, key=ids.__getitem__, default=None)
+  if name is None or ids[name] >= model.vocab_size:
+    raise ValueError(
+      f'{file}: its last token, {name!r}, has id {ids.get(name)}, and '
+      f'config.json says vocab_size={model.vocab_size}; it is the tokenizer of '
+      'another model'
+    )
+
+
+def _decide(
+  files: TensorFiles, described: Description, wanted: Weights | None
+) -> Weights:
+  """What the blocks' matrices are to be read as."""
+  found = described.weights
+  there = names.tensors(described.model, described.architecture).values()
+  linears = [tensor for tensor in there if tensor.linear]
+  kinds = {files.tensors[x.theirs].dtype == 'U8' for x in linears}
+  if len(kinds) > 1:
+    raise ValueError(
+      'some matrices are of packed bytes (U8) and some of values; all of a '
+      'model are quantised, or none'
+    )
+  if kinds == {True}:
+    if found == 'latents':
+      raise ValueError(
+        'matrices are of packed bytes (U8), and config.json says quantization_'
+        "mode='online', for latents; set 'offline'"
+      )
+    found = 'ternary'
+  elif found == 'ternary':
+    raise ValueError(
+      'matrices are of values, and config.json says linear_class='
+      "'bitlinear', for packed bytes (U8); set 'autobitlinear' if values times "
+      'weight_scale are meant'
+    )
+  elif found is None:
+    found = _looks(files, described, linears)
+  if wanted is None or wanted == found:
+    return found
+  if found == 'float' and wanted == 'latents':
+    return 'latents'  # any floats can be
+  if found == 'ternary' and wanted == 'float' and not described.weight_scale:
+    return 'float'
+  hint = ''
+  if (found, wanted) == ('ternary', 'latents'):
+    hint = "; 'ternary' makes latents of exactly these values"
+  raise ValueError(
+    f'weights={wanted!r}, and those of {files.path} are {found!r}{hint}'
+  )
+
+
+def _looks(
+  files: TensorFiles, described: Description, linears: list[names.Tensor]
+) -> Weights:
+  """By the first matrix that is not all zeros."""
+  for tensor in linears:
+    values_NK = files.read(tensor.theirs)
+    if not np.any(values_NK):
+      continue
+    try:
+      matrices.ternary_of(
+        values_NK, *_blocks(described.model, tensor), tensor.theirs
+      )
+    except matrices.NotTernaryError:
+      return 'float'
+    return 'ternary'
+  return 'float'
+
+
+def _blocks(
+  model: ModelConfig, tensor: names.Tensor
+) -> tuple[int, quantize.ScaleAxis]:
+  assert tensor.linear is not None
+  return model.scale_blocks, model.linears[tensor.linear].scale_axis
+
+
+def _model(
+  described: Description,
+  kind: Weights,
+  dtype: Literal['float32', 'bfloat16'] | None,
+) -> ModelConfig:
+  model = described.model
+  if dtype is not None:
+    model = dataclasses.replace(model, dtype=dtype)
+  family = 'float' if kind == 'float' else 'ternary'
+  if model.family == family:
+    return model
+  if family == 'float':
+    return dataclasses.replace(
+      model,
+      family='float',
+      scale_blocks=1,
+      scale_floor=False,
+      vocab_size=model.padded_vocab_size,
+      vocab_multiple=1,
+    )
+  # Every released scale is within reach of a floor, not of a sum with eps.
+  return dataclasses.replace(
+    model, family='ternary', scale_floor=kind == 'ternary'
+  )
+
+
+class _Work:
+  """Fills staged parameters, tensor by tensor.
+
+  Attributes:
+    params: as of `decoder.Params`.
+    rounded: as of `Report`.
+  """
+
+  def __init__(
+    self,
+    files: TensorFiles,
+    described: Description,
+    kind: Weights,
+    model: ModelConfig,
+    folder: Path,
+  ):
+    self.files, self.described = files, described
+    self.kind, self.model = kind, model
+    self.params = staged.empty(decoder.abstract_params(model), folder)
+    self.rounded = 0
+
+  def fill(self, tensors) -> str | None:
+    """Fills all; the fingerprint of codes and scales."""
+    found = self._each(tensors)
+    if self.kind != 'float':
+      return fingerprint.trit_fingerprint(found)
+    for _ in found:
+      pass
+    return None
+
+  def _each(self, tensors) -> Iterator[tuple]:
+    """(name, codes [N, K], scale, axis) of the matrices, as they are put."""
+    for tensor in tensors:
+      if tensor.linear is not None:
+        yield from self._put_matrix(tensor)
+      else:
+        self._put_rest(tensor)
+
+  def _target(self, tensor: names.Tensor) -> np.ndarray:
+    leaf = self.params
+    for part in tensor.path:
+      leaf = leaf[part]
+    return leaf if tensor.layer is None else leaf[tensor.layer]
+
+  def _put_rest(self, tensor: names.Tensor):
+    theirs = tensor.theirs
+    if tensor.name == 'head' and self.described.tied:
+      values = self.files.read('model.embed_tokens.weight')
+      if theirs in self.files.tensors and not np.array_equal(
+        self.files.read(theirs), values
+      ):
+        raise ValueError(
+          f'{self.files.path}: config.json says tie_word_embeddings=true, and '
+          f'{theirs} is not model.embed_tokens.weight; set false, or delete '
+          'the tensor'
+        )
+    else:
+      values = self.files.read(theirs)
+    matrices.check_finite(values, theirs)
+    self._target(tensor)[...] = values.T if tensor.transposed else values
+
+  def _put_matrix(self, tensor: names.Tensor) -> Iterator[tuple]:
+    blocks, axis = _blocks(self.model, tensor)
+    values_NK = self.files.read(tensor.theirs)
+    factor = self._factor(tensor)
+    floor = self.model.scale_floor
+    wanted_S = None
+    if self.kind == 'ternary':
+      if values_NK.dtype == np.uint8:
+        codes_NK = matrices.unpack(values_NK, tensor.theirs)
+        wanted_S = np.ones(blocks, np.float32)
+      else:
+        codes_NK, wanted_S = matrices.ternary_of(
+          values_NK, blocks, axis, tensor.theirs
+        )
+      wanted_S *= factor
+      try:
+        latents_KN = latents_lib.latents_of(
+          codes_NK.T, wanted_S, axis, floor=floor, ulps=_ULPS
+        )
+      except ValueError as error:
+        raise ValueError(f'{tensor.theirs}: {error}') from None
+    else:
+      matrices.check_finite(values_NK, tensor.theirs)
+      latents_KN = values_NK.T.astype(np.float32) * factor
+    self._target(tensor)[...] = latents_KN
+    if self.kind == 'float':
+      return
+    codes_KN, scale_S = latents_lib.ternarized(latents_KN, blocks, axis, floor)
+    codes_NK, scale_S = np.asarray(codes_KN).T, np.asarray(scale_S)
+    if wanted_S is not None:
+      # A block of zeros has any scale.
+      split = np.split(codes_NK, blocks, {'out': 0, 'in': 1}[axis])
+      there_S = np.array([block.any() for block in split])
+      self.rounded += bool((scale_S != wanted_S)[there_S].any())
+    yield tensor.name, codes_NK, scale_S, axis
+
+  def _factor(self, tensor: names.Tensor) -> np.float32:
+    """What the tensor's values are to be multiplied by."""
+    if self.described.weight_scale is None:
+      return np.float32(1)
+    name = f'{tensor.module}.weight_scale'
+    scale = self.files.read(name).astype(np.float32).reshape(())[()]
+    with np.errstate(divide='ignore', over='ignore'):
+      factor = scale
+      if self.described.weight_scale == 'divisor':
+        factor = np.float32(1) / scale
+    if not 0 < factor < np.inf or not 0 < scale < np.inf:
+      raise ValueError(
+        f'{name} is {scale}; it must be above 0 and finite, and so its '
+        'reciprocal'
+      )
+    return factor
+
+
+def _experiment(model: ModelConfig, out: Path) -> Experiment:
+  """A description whose model is known, and nothing of how it was trained."""
+  return Experiment(
+    model,
+    DataConfig(path='', batch_size=1, sequence_length=model.context_length),
+    OptimizerConfig(CosineSchedule(peak=0.0, warmup_steps=0, weight_decay=0.0)),
+    RunConfig(str(out), steps=1, tensorboard=False),
+  )
+
+
+def _write(
+  partial: Path,
+  model: ModelConfig,
+  params: PyTree[StagedArray],
+  report: Report,
+  source: str,
+  folder: Path,
+):
+  experiment = _experiment(model, report.folder)
+  with save.writing(partial, experiment.run) as checkpoints:
+    save.save(checkpoints, 0, model, _Weights(params))
+  shutil.rmtree(partial / 'staged')
+  shutil.copyfile(folder / 'tokenizer.json', partial / 'tokenizer.json')
+  record: Mapping[str, Any] = {
+    'source': source,
+    'architecture': report.architecture,
+    'weights': report.weights,
+    'fingerprint': report.fingerprint,
+    'rounded': report.rounded,
+    'config': json.loads((folder / 'config.json').read_bytes()),
+  }
+  (partial / RECORD).write_text(json.dumps(record, indent=2) + '\n')
+  save.write_experiment(experiment, partial)
