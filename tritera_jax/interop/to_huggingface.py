@@ -25,13 +25,14 @@ from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float32, Int8, UInt8
+from jaxtyping import Array, Float32, UInt8
 import numpy as np
 
 from tritera_jax.checkpoint import pack, restore, save
 from tritera_jax.data import tokenizer as tokenizer_lib
 from tritera_jax.interop import (
   huggingface,
+  matrices,
   model_card,
   names,
   safetensors_file,
@@ -156,9 +157,7 @@ def export(
     )
     if proof is not None and (found := _written(config, folder)) != proof:
       raise AssertionError(f'{out} would hold {found}, wanted {proof}')
-    _write_json(
-      folder / 'config.json', described(tied=tied, fingerprint=proof)
-    )
+    _write_json(folder / 'config.json', described(tied=tied, fingerprint=proof))
     _write_tokenizer(run, folder, config, end)
     source = proof
     if proof is not None and dtype != 'float32':
@@ -236,7 +235,7 @@ def _survey(
     return {}, None
   scales = {}
 
-  def matrices():
+  def each():
     for tensor in names.tensors(config, '').values():
       if tensor.linear is None:
         continue
@@ -257,8 +256,7 @@ def _survey(
         )
       yield tensor.name, codes_NK, _seen(codes_NK, rounded_S, axis), axis
 
-  proof = fingerprint.trit_fingerprint(matrices())
-  # Binary codes have no published fingerprint: a block's sign is in its mean.
+  proof = fingerprint.trit_fingerprint(each())
   return scales, proof if config.family == 'ternary' else None
 
 
@@ -382,39 +380,24 @@ def _written(config: ModelConfig, folder: Path) -> str:
   """The fingerprint of what lies in the folder, from its bytes alone."""
   with safetensors_file.TensorFiles(folder) as files:
 
-    def matrices():
-      for tensor in names.tensors(
-        config, huggingface.architecture(config)
-      ).values():
+    def read():
+      architecture = huggingface.architecture(config)
+      for tensor in names.tensors(config, architecture).values():
         if tensor.linear is None:
           continue
         axis = config.linears[tensor.linear].scale_axis
-        matrix = files.read(tensor.theirs)
-        if matrix.dtype == np.uint8:
-          codes_NK = np.concatenate(
-            [(matrix >> 2 * i & 3).astype(np.int8) for i in range(4)]
-          )
-          codes_NK -= 1
-          scale = files.read(f'{tensor.module}.weight_scale')
-          scale_S = scale.astype(np.float32)
+        found = files.read(tensor.theirs)
+        if found.dtype == np.uint8:
+          codes_NK = matrices.unpack(found, tensor.theirs)
+          scale_S = files.read(f'{tensor.module}.weight_scale')
         else:
-          codes_NK, scale_S = _decoded(matrix, config.scale_blocks, axis)
+          codes_NK, scale_S = matrices.ternary_of(
+            found, config.scale_blocks, axis, tensor.theirs
+          )
+        scale_S = scale_S.astype(np.float32)
         yield tensor.name, codes_NK, _seen(codes_NK, scale_S, axis), axis
 
-    return fingerprint.trit_fingerprint(matrices())
-
-
-def _decoded(
-  matrix_NK: np.ndarray, blocks: int, axis: str
-) -> tuple[Int8[np.ndarray, 'N K'], Float32[np.ndarray, ' S']]:
-  values_NK = matrix_NK.astype(np.float32)
-  codes_NK = np.sign(values_NK).astype(np.int8)
-  split = _blocks(np.abs(values_NK), blocks, axis)
-  scale_S = np.array([block.max() for block in split], np.float32)
-  for block, scale in zip(split, scale_S, strict=True):
-    if not np.isin(block, (0, scale)).all():
-      raise AssertionError('a block with two scales')
-  return codes_NK, scale_S
+    return fingerprint.trit_fingerprint(read())
 
 
 def _notes(

@@ -1,0 +1,54 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Imported checkpoints compute what transformers computes (golden/make.py)."""
+
+from pathlib import Path
+import shutil
+
+import jax
+import numpy as np
+import pytest
+from safetensors.numpy import load_file
+
+from tritera_jax.checkpoint import restore
+from tritera_jax.interop import importing
+from tritera_jax.model import decoder
+
+GOLDEN = Path(__file__).parent / 'golden'
+CASES = sorted(path.parent.name for path in GOLDEN.glob('*/config.json'))
+# Those whose file does not say that their values are ternary.
+TERNARY = {'trilm_2', 'trilm_3', 'bitnet', 'bitlinear'}
+RELATIVE = 1e-4
+
+
+def largest_difference(run: Path, expected: Path) -> float:
+  """Of a run's logits from those expected, relative to the largest of them."""
+  wanted = load_file(expected)
+  experiment, params = restore.restore_params(run)
+  model = decoder.bind(experiment.model, params)
+  logits, _ = jax.jit(model.__call__)(wanted['tokens'].astype(np.int32))
+  # Both in float32: of the norm, so that no logit near 0 decides.
+  difference = np.abs(np.asarray(logits) - wanted['logits']).max()
+  return float(difference / np.abs(wanted['logits']).max())
+
+
+def checkpoint(case: str, folder: Path, golden: Path = GOLDEN) -> Path:
+  """A case's folder, with the tokenizer that all share."""
+  shutil.copytree(golden / case, folder)
+  (folder / 'expected.safetensors').unlink()
+  shutil.copyfile(golden / 'tokenizer.json', folder / 'tokenizer.json')
+  return folder
+
+
+def test_there_are_cases():
+  assert len(CASES) == 9
+
+
+@pytest.mark.parametrize('case', CASES)
+def test_logits(case, tmp_path):
+  source = checkpoint(case, tmp_path / 'source')
+  report = importing.import_run(source, tmp_path / 'run')
+  assert (report.weights == 'ternary') == (case in TERNARY)
+  difference = largest_difference(
+    tmp_path / 'run', GOLDEN / case / 'expected.safetensors'
+  )
+  assert difference <= RELATIVE
