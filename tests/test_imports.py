@@ -47,8 +47,8 @@ MAY_IMPORT = {
   },
   'quantlm': {'checkpoint', 'data', 'experiment', 'model'},
   'interop': {
-    'checkpoint', 'data', 'experiment', 'model', 'ternary', 'tritera_kernels',
-    'validated',
+    'checkpoint', 'data', 'experiment', 'model', 'ternary', 'train',
+    'tritera_kernels', 'validated',
   },
   'scaling': {'pictures', 'validated'},
   'plan': {'experiment', 'model', 'parallel', 'ternary', 'train'},

@@ -47,3 +47,36 @@ def import_run(args: list[str]):
       )
 
   tyro.cli(run, args=args, prog='tritera import')
+
+
+def export(args: list[str]):
+  from tritera_jax.interop import to_huggingface
+
+  def export(
+    run: Positional[Path],
+    to: Literal['hf'],
+    out: Path,
+    dtype: to_huggingface.Dtype = 'float32',
+    form: to_huggingface.Form = 'unpacked',
+    step: int | None = None,
+    licence: str = 'unknown',
+  ):
+    """Writes a run for other systems; what they compute otherwise is refused.
+
+    Args:
+      run: run folder.
+      to: hf, a folder that Hugging Face's transformers loads as it is.
+      out: folder to make.
+      dtype: of its tensors; float32 alone is exact.
+      form: unpacked, ternary values as floats, or packed, 2 bits a weight, for
+        models with int8 activations and one scale a matrix.
+      step: which checkpoint; default: the newest.
+      licence: of the model, for its card, such as apache-2.0.
+    """
+    print(
+      to_huggingface.export(
+        run, out, dtype=dtype, form=form, step=step, licence=licence
+      )
+    )
+
+  tyro.cli(export, args=args, prog='tritera export')

@@ -126,10 +126,11 @@ def export(
   experiment = save.read_experiment(run)
   config = experiment.model
   tokenizer = tokenizer_lib.load_tokenizer(run / 'tokenizer.json')
-  if tokenizer.get_vocab_size() > config.padded_vocab_size:
+  last = max(tokenizer.get_vocab().values(), default=-1)
+  if last >= config.vocab_size:
     raise ValueError(
-      f'{run}/tokenizer.json has {tokenizer.get_vocab_size()} tokens, the '
-      f'model {config.padded_vocab_size}: it is of another model'
+      f'{run}/tokenizer.json has ids up to {last}, and model.vocab_size='
+      f'{config.vocab_size}: it is of another model'
     )
   end = tokenizer.token_to_id(tokenizer_lib.END_OF_TEXT)
   described = functools.partial(
