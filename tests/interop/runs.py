@@ -1,16 +1,18 @@
 # SPDX-License-Identifier: Apache-2.0
 """Runs of random models, which nothing has trained."""
 
-from collections.abc import Sequence
 import dataclasses
 from pathlib import Path
 import shutil
 from typing import NamedTuple
 
 import jax
+import jax.numpy as jnp
+import numpy as np
 
 from tests import tiny
 from tritera_jax.checkpoint import save
+from tritera_jax.experiment import Experiment
 from tritera_jax.model import decoder
 from tritera_jax.model.config import ModelConfig
 from tritera_jax.model.decoder import Params
@@ -29,24 +31,27 @@ def shape(**fields) -> ModelConfig:
 
 
 def random_params(model: ModelConfig, seed: int = 0) -> Params:
-  """Initial parameters with random gains: a misplaced norm shows."""
-  key = jax.random.key(seed)
-  leaves, tree = jax.tree.flatten_with_path(decoder.init(model, key))
-  return jax.tree.unflatten(
-    tree,
-    [
-      jax.random.uniform(
-        jax.random.fold_in(key, n), leaf.shape, minval=0.5, maxval=1.5
-      )
-      if _is_gain(path)
-      else leaf
-      for n, (path, leaf) in enumerate(leaves)
-    ],
+  """Random weights and gains: a misplaced norm shows."""
+  generator = np.random.default_rng(seed)
+
+  def fill(path, leaf):
+    if path[-1].key == 'scale':
+      values = generator.uniform(0.5, 1.5, leaf.shape)
+    else:
+      values = model.init_std * generator.standard_normal(leaf.shape)
+    return jnp.asarray(values, leaf.dtype)
+
+  return jax.tree.map_with_path(fill, decoder.abstract_params(model))
+
+
+def describe(folder: Path, data: Path, model: ModelConfig) -> Experiment:
+  """Makes a run's folder without a checkpoint."""
+  experiment = dataclasses.replace(
+    tiny.experiment(data, folder, 20), model=model
   )
-
-
-def _is_gain(path: Sequence) -> bool:
-  return path[-1].key == 'scale'
+  save.write_experiment(experiment, folder)
+  shutil.copyfile(data / 'tokenizer.json', folder / 'tokenizer.json')
+  return experiment
 
 
 def make(
@@ -57,11 +62,7 @@ def make(
   step: int = 7,
 ) -> Path:
   """A run's folder with a checkpoint of these parameters, or random ones."""
-  experiment = dataclasses.replace(
-    tiny.experiment(data, folder, 20), model=model
-  )
-  save.write_experiment(experiment, folder)
-  shutil.copyfile(data / 'tokenizer.json', folder / 'tokenizer.json')
+  experiment = describe(folder, data, model)
   if params is None:
     params = random_params(model)
   with save.writing(folder, experiment.run) as checkpoints:
