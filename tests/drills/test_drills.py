@@ -2,6 +2,7 @@
 """Short runs of the drills, so that they stay fit for the long ones."""
 
 from tests.drills import (
+  fuzz_headers,
   kill_prepare,
   kill_training,
   lose_processes,
@@ -39,3 +40,9 @@ def test_training_survives_a_bucket_that_stops(tmp_path):
     tmp_path, seconds=2, cases=stop_bucket.CASES[1:2], steps=60
   )
   assert said.endswith('60 losses and digests equal in each')
+
+
+def test_damaged_headers_are_refused_or_read_right(tmp_path):
+  said = fuzz_headers.drill(rounds=300, seed=7, folder=tmp_path)
+  for line in said.splitlines():
+    assert ': 300 damaged, ' in line

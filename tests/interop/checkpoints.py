@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Tiny checkpoints in the layouts that others publish, and their forward pass.
+"""Tiny checkpoints in the layouts that others publish.
 
 Written from transformers 5.23 (`models/{llama,qwen3,bitnet}`,
 `integrations/bitnet.py`) and the README of SpectraSuite; NumPy alone.
@@ -12,11 +12,9 @@ import ml_dtypes
 import numpy as np
 import safetensors.numpy
 
-from tests.model import oracle
-from tests.ternary import oracle as ternary_oracle
 from tritera_jax.data import tokenizer as tokenizer_lib
 
-D, F, H, G, h, L, V = 48, 96, 4, 2, 12, 2, 320
+D, F, H, G, h, L, V = 48, 96, 4, 2, 12, 2, 384
 LINEARS = {
   'self_attn.q_proj': (H * h, D),
   'self_attn.k_proj': (G * h, D),
@@ -170,65 +168,10 @@ def write(
 
 
 def weight(kind: str, found: dict, name: str) -> np.ndarray:
-  """What a forward pass multiplies by, [outputs, inputs]."""
+  """What a forward pass multiplies by, [outputs, inputs], in float64."""
   stored = found[f'{name}.weight']
   if stored.dtype == np.uint8:
     codes = [(stored >> shift & 3).astype(int) - 1 for shift in (0, 2, 4, 6)]
     scale = float(found[f'{name}.weight_scale'][0])
     return np.concatenate(codes) * (1 / scale if kind == 'bitlinear' else scale)
-  if kind in ('bitnet_master', 'b1_58'):
-    w = stored.astype(np.float64)
-    scale = 1 / max(np.abs(w).mean(), 1e-5)
-    return np.clip(np.round(w * scale), -1, 1) / scale
   return stored.astype(np.float64)
-
-
-def logits(kind: str, found: dict, tokens: list[int]) -> np.ndarray:
-  """[T, V] of one sequence, in float64."""
-  settings = KINDS[kind]
-  theta = settings['rope_theta'] or 1e6
-  old = kind == 'b1_58'
-  norm = lambda x, name: oracle.rms_norm(
-    x, found[f'{name}.weight'].astype(np.float64), settings['rms_norm_eps']
-  )
-
-  def linear(x, name):
-    if kind in ('bitnet', 'bitnet_master', 'bitlinear', 'b1_58'):
-      x = ternary_oracle.int8(x)
-    return x @ weight(kind, found, name).T
-
-  x = found['model.embed_tokens.weight'].astype(np.float64)[tokens]
-  later = np.triu(np.full((len(tokens),) * 2, -np.inf), 1)
-  for layer in range(L):
-    block = f'model.layers.{layer}'
-    y = norm(x, f'{block}.input_layernorm')
-    q, k, v = (linear(y, f'{block}.self_attn.{n}_proj') for n in 'qkv')
-    heads = []
-    for head in range(H):
-      at = slice(head * h, (head + 1) * h)
-      group = slice(head // (H // G) * h, (head // (H // G) + 1) * h)
-      q_h, k_h = q[:, at], k[:, group]
-      if kind == 'qwen3':
-        q_h = norm(q_h, f'{block}.self_attn.q_norm')
-        k_h = norm(k_h, f'{block}.self_attn.k_norm')
-      scores = oracle.rope(q_h, theta) @ oracle.rope(k_h, theta).T / h**0.5
-      scores = np.exp(scores + later)
-      heads.append(scores / scores.sum(1, keepdims=True) @ v[:, group])
-    y = np.concatenate(heads, 1)
-    if kind.startswith('bitnet') or old:
-      y = norm(
-        y, f'{block}.self_attn.{"inner_attn_ln" if old else "attn_sub_norm"}'
-      )
-    x = x + linear(y, f'{block}.self_attn.o_proj')
-    y = norm(x, f'{block}.post_attention_layernorm')
-    gate = linear(y, f'{block}.mlp.gate_proj')
-    if settings['hidden_act'] == 'relu2':
-      gate = np.maximum(gate, 0) ** 2
-    else:
-      gate = gate / (1 + np.exp(-gate))
-    y = gate * linear(y, f'{block}.mlp.up_proj')
-    if kind.startswith('bitnet') or old:
-      y = norm(y, f'{block}.mlp.{"ffn_layernorm" if old else "ffn_sub_norm"}')
-    x = x + linear(y, f'{block}.mlp.down_proj')
-  head = found.get('lm_head.weight', found['model.embed_tokens.weight'])
-  return norm(x, 'model.norm') @ head.astype(np.float64).T

@@ -66,10 +66,13 @@ def ternary_of(
   scale_S = np.zeros(blocks, np.float32)
   for block, part in enumerate(np.split(values_NK, blocks, split)):
     size = np.abs(part)
-    scale_S[block] = scale = size.max(initial=0)
-    other = (size != scale.astype(size.dtype)) & (size != 0)
-    if other.any():
-      place = np.argwhere(other)[0]
+    scale = size.max(initial=0)
+    scale_S[block] = scale
+    if ((size != scale) & (size != 0)).any():
+      # The odd one out is not always the smaller one.
+      found, counts = np.unique(size[size != 0], return_counts=True)
+      scale = found[counts.argmax()]
+      place = np.argwhere((size != scale) & (size != 0))[0]
       value = part[tuple(place)]
       place[split] += block * part.shape[split]
       raise NotTernaryError(

@@ -11,6 +11,7 @@ import contextlib
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import ml_dtypes
 import numpy as np
 import safetensors
 
@@ -19,7 +20,14 @@ from tritera_jax.interop import json_file
 SINGLE = 'model.safetensors'
 INDEX = 'model.safetensors.index.json'
 
-DTYPES = ('F64', 'F32', 'F16', 'BF16', 'U8', 'I8')
+DTYPES = {
+  'F64': np.float64,
+  'F32': np.float32,
+  'F16': np.float16,
+  'BF16': ml_dtypes.bfloat16,
+  'U8': np.uint8,
+  'I8': np.int8,
+}
 _MOST_AXES = 8
 
 
@@ -156,7 +164,7 @@ def _stored(file: Path, name: str, told: Any) -> Stored:
   if not isinstance(told, dict):
     refuse('its header is no object')
   dtype, shape = told.get('dtype'), told.get('shape')
-  if dtype not in DTYPES:
+  if not isinstance(dtype, str) or dtype not in DTYPES:
     refuse(f'only the dtypes {", ".join(DTYPES)} are read')
   if (
     not isinstance(shape, list)
