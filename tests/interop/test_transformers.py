@@ -113,7 +113,9 @@ def test_exports_live(tiny_data, tmp_path):
     logits = load_file(out / f'{name}.safetensors')['logits']
     difference = np.abs(np.asarray(ours) - logits).max() / np.abs(logits).max()
     print(f'{name}: {theirs["architecture"]} {difference:.1e}')
-    exact = how.get('dtype', 'float32') == 'float32'
+    dtype = how.get('dtype', 'float32')
+    assert theirs['dtype'] == f'torch.{dtype}'
+    exact = dtype == 'float32'
     assert difference <= (RELATIVE if exact else 2e-2), name
 
     tokenizer = tokenizer_lib.load_tokenizer(run / 'tokenizer.json')

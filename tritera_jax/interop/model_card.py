@@ -133,8 +133,12 @@ def _training_rows(run: Path, experiment: Experiment, step: int):
       f'{step * experiment.batch_tokens:,}: {step:,} steps of '
       f'{data.batch_size} x {data.sequence_length}',
     ),
-    ('loss of the last batches', _loss(records, 'loss')),
-    ('loss on held-out text', _loss(records, 'held_out_loss')),
+    ('training loss', _loss(records, 'loss')),
+    (
+      'loss on held-out text, its first '
+      f'{experiment.run.evaluate_tokens:,} tokens',
+      _loss(records, 'held_out_loss'),
+    ),
     ('schedule', str(experiment.optimizer.schedule)),
     ('seed', str(experiment.run.seed)),
   ]

@@ -69,7 +69,7 @@ class Report:
     fingerprint: of the run's codes and scales; None: it has no ternary ones.
     written: of those in the folder, whose scales are rounded to the dtype.
     rounding: most that a scale was rounded by, relative to it.
-    notes: what the folder computes otherwise than the run.
+    notes: what the reader has to know, such as what is computed otherwise.
   """
 
   folder: Path
@@ -411,6 +411,8 @@ def _notes(
       + (f', scales by up to {rounding:.1e} of them' if rounding else '')
       + '; dtype float32 is exact'
     )
+  if config.activation_bits is not None:
+    notes.append('transformers needs the package accelerate to load it')
   if config.document_separator is not None:
     notes.append(
       'in training, attention did not cross documents, which are parted by '

@@ -1,10 +1,12 @@
 # SPDX-License-Identifier: Apache-2.0
 """Writes tiny checkpoints and what transformers computes from them.
 
-  make hf                                        all of it, once
-  .venv-hf/bin/python tests/interop/golden/make.py FOLDER
+  .venv/hf/bin/python tests/interop/golden/make.py FOLDER [CASE ...]
 
-What is committed beside this file was made with torch 2.13.0+cpu, transformers
+`make hf` makes that environment, and compares what is made there with us.
+
+What is committed beside this file was made with torch
+2.13.0+cpu, transformers
 5.23.0 and safetensors 0.8.0 on Python 3.11.7; each expected.safetensors names
 its versions. In FOLDER, each case has a folder of
 
