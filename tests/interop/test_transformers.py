@@ -12,7 +12,6 @@ from pathlib import Path
 import subprocess
 import sys
 
-import jax
 import numpy as np
 import pytest
 from safetensors.numpy import load_file
@@ -24,11 +23,11 @@ from tests.interop.test_golden import (
   RELATIVE,
   checkpoint,
   largest_difference,
+  logits_of,
 )
 from tritera_jax.checkpoint import pack, restore
 from tritera_jax.data import tokenizer as tokenizer_lib
 from tritera_jax.interop import importing, to_huggingface
-from tritera_jax.model import decoder
 
 
 def interpreter() -> str | None:
@@ -108,10 +107,9 @@ def test_exports_live(tiny_data, tmp_path):
     theirs = json.loads((out / f'{name}.json').read_text())
     run = tmp_path / 'runs' / name
     experiment, params = restore.restore_params(run)
-    model = decoder.bind(experiment.model, params)
-    ours, _ = jax.jit(model.__call__)(tokens.astype(np.int32))
+    ours = logits_of(experiment.model, params, tokens)
     logits = load_file(out / f'{name}.safetensors')['logits']
-    difference = np.abs(np.asarray(ours) - logits).max() / np.abs(logits).max()
+    difference = np.abs(ours - logits).max() / np.abs(logits).max()
     print(f'{name}: {theirs["architecture"]} {difference:.1e}')
     dtype = how.get('dtype', 'float32')
     assert theirs['dtype'] == f'torch.{dtype}'
@@ -125,9 +123,9 @@ def test_exports_live(tiny_data, tmp_path):
     if exact:
       # Its greedy tokens, rows of the padding too, are what ours would be.
       row = np.array([theirs['generated']], np.int32)
-      ours, _ = jax.jit(model.__call__)(row[:, :-1])
+      ours = logits_of(experiment.model, params, row[:, :-1])
       start = len(tokenizer.encode('import ').ids)
-      best = np.asarray(ours)[0].argmax(-1)[start - 1 :]
+      best = ours[0].argmax(-1)[start - 1 :]
       assert best.tolist() == row[0, start:].tolist(), name
 
 
