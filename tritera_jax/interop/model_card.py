@@ -32,6 +32,7 @@ def text(
   dtype: str,
   form: str,
   fingerprint: str | None,
+  written: str | None,
   notes: Sequence[str],
 ) -> str:
   """A card for the Hugging Face hub.
@@ -46,6 +47,7 @@ def text(
     dtype: of the tensors.
     form: of the matrices, 'unpacked' or 'packed'.
     fingerprint: of the run's codes and scales, if it has ternary ones.
+    written: of those in the exported folder.
     notes: what the reader has to know.
   """
   header = {
@@ -61,9 +63,12 @@ def text(
   lines += _table(_training_rows(run, experiment, step))
   lines += ['', '## Use', '', '```python', _use(name, dtype), '```', '']
   if fingerprint:
-    lines += [
-      f'Codes and scales of the run have the fingerprint `{fingerprint}`.', ''
-    ]  # fmt: skip
+    lines.append(
+      f'Codes and scales of the run have the fingerprint\n`{fingerprint}`.'
+    )
+    if written != fingerprint:
+      lines.append(f'Those that can be read here have\n`{written}`.')
+    lines.append('')
   lines += [f'* {note}' for note in notes]
   return '\n'.join(lines).rstrip() + '\n'
 

@@ -14,14 +14,14 @@ and all other weights are not.
 Shapes: K inputs, N outputs, S scale blocks.
 """
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 import contextlib
 import dataclasses
 import functools
 import json
 from pathlib import Path
 import shutil
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -144,47 +144,42 @@ def export(
   with restore.committed(run, step) as (_, step):
     pass
   _, params = restore.restore_params(run, step)
-  embed, head = params['embed']['embedding'], params['head']['kernel']
-  tied = embed.shape == head.T.shape and bool(jnp.array_equal(embed, head.T))
-
-  scales, proof = _survey(config, params, dtype)
-  rounding = _rounding(scales, dtype)
-  architecture = huggingface.architecture(config)
+  model = _Model(config, params, dtype)
+  found = _survey(model)
+  notes = _notes(config, dtype, found.rounding)
   with _whole(out) as folder:
     files = safetensors_writer.write(
-      folder,
-      list(_tensors(config, architecture, params, scales, dtype, form, tied)),
-      shard_bytes=shard_bytes,
+      folder, list(_tensors(model, form, found)), shard_bytes=shard_bytes
     )
-    if proof is not None and (found := _written(config, folder)) != proof:
-      raise AssertionError(f'{out} would hold {found}, wanted {proof}')
-    _write_json(folder / 'config.json', described(tied=tied, fingerprint=proof))
+    _prove(config, folder, found.written)
+    _write_json(
+      folder / 'config.json',
+      described(tied=model.tied, fingerprint=found.written),
+    )
     _write_tokenizer(run, folder, config, end)
-    source = proof
-    if proof is not None and dtype != 'float32':
-      source = pack.latent_fingerprint(config, params)
     report = Report(
       out,
-      architecture,
+      huggingface.architecture(config),
       step,
       dtype,
       sum(file.stat().st_size for file in files),
-      source,
-      proof,
-      rounding,
-      _notes(config, dtype, rounding),
+      found.fingerprint,
+      found.written,
+      found.rounding,
+      notes,
     )
     card = model_card.text(
       run,
       experiment,
       step,
-      architecture=architecture,
+      name=out.name,
+      architecture=report.architecture,
       licence=licence,
       dtype=dtype,
       form=form,
-      fingerprint=source,
-      notes=report.notes,
-      name=out.name,
+      fingerprint=found.fingerprint,
+      written=found.written,
+      notes=notes,
     )
     (folder / 'README.md').write_text(card)
   return report
@@ -208,180 +203,178 @@ def _whole(out: Path) -> Iterator[Path]:
 
 @functools.partial(jax.jit, static_argnums=(0, 1))
 def _quantized(config: ModelConfig, linear: str, w_KN):
+  """Codes [N, K], scales [S], and the matrix [N, K] that they stand for."""
   quantizer = quantize.quantizer(config.family, floor=config.scale_floor)
   axis = config.linears[linear].scale_axis
   codes_KN, scale_S = quantizer(w_KN, config.scale_blocks, axis)
-  return codes_KN.T, scale_S
+  return codes_KN.T, scale_S, quantize.dequantize(codes_KN, scale_S, axis).T
 
 
-def _leaf(params: Params, tensor: names.Tensor) -> Float32[Array, '...']:
-  leaf: Any = params
-  for part in tensor.path:
-    leaf = leaf[part]
-  return leaf if tensor.layer is None else leaf[tensor.layer]
+class _Model(NamedTuple):
+  """Parameters, and what is made of each for the file."""
+
+  config: ModelConfig
+  params: Params
+  dtype: Dtype
+
+  @property
+  def tied(self) -> bool:
+    """Whether the head is the embedding, as that of an import can be."""
+    embed, head = self.params['embed']['embedding'], self.params['head']
+    return bool(jnp.array_equal(embed, head['kernel'].T))
+
+  def tensors(self) -> list[names.Tensor]:
+    architecture = huggingface.architecture(self.config)
+    return list(names.tensors(self.config, architecture).values())
+
+  def matrices(self) -> list[tuple[names.Tensor, str, quantize.ScaleAxis]]:
+    """The blocks' matrices, with linear layer and axis of the scales."""
+    linears = self.config.linears
+    return [
+      (tensor, tensor.linear, linears[tensor.linear].scale_axis)
+      for tensor in self.tensors()
+      if tensor.linear is not None
+    ]
+
+  def leaf(self, tensor: names.Tensor) -> Float32[Array, '...']:
+    leaf: Any = self.params
+    for part in tensor.path:
+      leaf = leaf[part]
+    return leaf if tensor.layer is None else leaf[tensor.layer]
+
+  def rounded(self, scale_S: np.ndarray) -> Float32[np.ndarray, ' S']:
+    return scale_S.astype(jnp.dtype(self.dtype)).astype(np.float32)
+
+  def values(self, tensor: names.Tensor) -> np.ndarray:
+    """What the forward pass multiplies by or adds, in the dtype of the file."""
+    leaf = self.leaf(tensor)
+    if tensor.linear is not None and self.config.family != 'float':
+      wide = np.asarray(_quantized(self.config, tensor.linear, leaf)[2])
+    else:
+      wide = np.asarray(leaf.T if tensor.transposed else leaf)
+    with np.errstate(over='ignore'):  # it is looked at next
+      array = wide.astype(jnp.dtype(self.dtype))
+    if not np.isfinite(array).all():
+      peak = np.max(np.abs(wide))
+      raise ValueError(
+        f'{tensor.name} has a weight of {peak}, which {self.dtype} cannot hold'
+        + ("; give dtype='bfloat16'" if np.isfinite(peak) else '')
+      )
+    return array
+
+  def packed(self, tensor: names.Tensor) -> UInt8[np.ndarray, 'n K']:
+    """Byte row r holds rows r + i N / 4 at bits 2 i, as code + 1."""
+    assert tensor.linear is not None
+    codes_NK = _quantized(self.config, tensor.linear, self.leaf(tensor))[0]
+    digits_NK = (np.asarray(codes_NK) + 1).astype(np.uint8)
+    parts = np.split(digits_NK, _CODES_A_BYTE)
+    packed_nK = parts[0].copy()
+    for i, part_nK in enumerate(parts[1:], 1):
+      packed_nK |= part_nK << (2 * i)
+    return packed_nK
 
 
-def _rounded(scale_S: np.ndarray, dtype: Dtype) -> Float32[np.ndarray, ' S']:
-  return scale_S.astype(jnp.dtype(dtype)).astype(np.float32)
+class _Survey(NamedTuple):
+  """What has to be known before anything is written.
 
-
-def _survey(
-  config: ModelConfig, params: Params, dtype: Dtype
-) -> tuple[dict[str, Float32[np.ndarray, ' S']], str | None]:
-  """The scales of every matrix, and the fingerprint that a reader will find.
-
-  Of a block of zeros no reader finds the scale: it is said to be eps.
+  Attributes:
+    scales: of every matrix.
+    fingerprint: of codes and scales; None: the model is not ternary.
+    written: of those that a reader will find.
+    rounding: most that a scale is rounded by, relative to it.
   """
+
+  scales: dict[str, Float32[np.ndarray, ' S']]
+  fingerprint: str | None
+  written: str | None
+  rounding: float
+
+
+def _survey(model: _Model) -> _Survey:
+  config = model.config
   if config.family == 'float':
-    return {}, None
-  scales = {}
+    return _Survey({}, None, None, 0.0)
+  scales, exact, rounding = {}, True, 0.0
 
   def each():
-    for tensor in names.tensors(config, '').values():
-      if tensor.linear is None:
-        continue
-      codes_NK, scale_S = map(
-        np.asarray, _quantized(config, tensor.linear, _leaf(params, tensor))
-      )
+    nonlocal exact, rounding
+    for tensor, linear, axis in model.matrices():
+      codes_NK, scale_S, _ = _quantized(config, linear, model.leaf(tensor))
+      codes_NK, scale_S = np.asarray(codes_NK), np.asarray(scale_S)
       if not np.isfinite(scale_S).all():
         raise ValueError(
           f'{tensor.name} has scale {scale_S}: its latents are not finite'
         )
-      scales[tensor.name] = scale_S
-      axis = config.linears[tensor.linear].scale_axis
-      rounded_S = _rounded(scale_S, dtype)
-      if not rounded_S.all() or not np.isfinite(rounded_S).all():
+      rounded_S = model.rounded(scale_S)
+      if not np.array_equal(rounded_S > 0, scale_S > 0):
         raise ValueError(
-          f'{tensor.name} has scale {scale_S}, which {dtype} cannot hold; '
-          "give dtype='float32'"
+          f'{tensor.name} has scale {scale_S}, which {model.dtype} takes for '
+          "0; give dtype='float32'"
         )
-      yield tensor.name, codes_NK, _seen(codes_NK, rounded_S, axis), axis
+      seen_S = _seen(codes_NK, rounded_S, axis)
+      exact = exact and np.array_equal(seen_S, scale_S)
+      off_S = np.abs(rounded_S - scale_S) / np.maximum(scale_S, 1e-30)
+      rounding = max(rounding, float(off_S.max()))
+      scales[tensor.name] = scale_S
+      yield tensor.name, codes_NK, seen_S, axis
 
-  proof = fingerprint.trit_fingerprint(each())
-  return scales, proof if config.family == 'ternary' else None
-
-
-def _blocks(matrix_NK: np.ndarray, blocks: int, axis: str) -> list[np.ndarray]:
-  return np.split(matrix_NK, blocks, 0 if axis == 'out' else 1)
+  written = fingerprint.trit_fingerprint(each())
+  if config.family != 'ternary':
+    return _Survey(scales, None, None, rounding)
+  own = written if exact else pack.latent_fingerprint(config, model.params)
+  return _Survey(scales, own, written, rounding)
 
 
 def _seen(codes_NK, scale_S, axis: str) -> Float32[np.ndarray, ' S']:
-  some_S = [block.any() for block in _blocks(codes_NK, len(scale_S), axis)]
+  """The scales that a reader finds; of a block of zeros it says eps."""
+  blocks = np.split(codes_NK, len(scale_S), 0 if axis == 'out' else 1)
+  some_S = [block.any() for block in blocks]
   return np.where(some_S, scale_S, np.float32(quantize.EPS))
 
 
-def _rounding(scales: dict[str, np.ndarray], dtype: Dtype) -> float:
-  return max(
-    (
-      float(np.max(np.abs(_rounded(scale_S, dtype) / scale_S - 1)))
-      for scale_S in scales.values()
-    ),
-    default=0.0,
-  )
-
-
 def _tensors(
-  config: ModelConfig,
-  architecture: str,
-  params: Params,
-  scales: dict[str, np.ndarray],
-  dtype: Dtype,
-  form: Form,
-  tied: bool,
+  model: _Model, form: Form, found: _Survey
 ) -> Iterator[safetensors_writer.Tensor]:
   """All that is written, in the order of the forward pass."""
-  stored = functools.partial(_stored, dtype=dtype)
-  for tensor in names.tensors(config, architecture).values():
+  stored, tied = _STORED[model.dtype], model.tied
+
+  def factor(tensor: names.Tensor, scale: np.ndarray):
+    return safetensors_writer.Tensor(
+      f'{tensor.module}.weight_scale', stored, (1,),
+      lambda: scale.astype(jnp.dtype(model.dtype)),
+    )  # fmt: skip
+
+  for tensor in model.tensors():
     if tied and tensor.name == 'head':
       continue
-    if tensor.linear is None:
-      make: Callable[[], np.ndarray] = functools.partial(
-        stored, tensor, functools.partial(_plain, params, tensor)
-      )
-    elif form == 'packed':
-      make = functools.partial(_packed, config, params, tensor)
+    if tensor.linear is not None and form == 'packed':
       N, K = tensor.shape
       yield safetensors_writer.Tensor(
-        tensor.theirs, 'U8', (N // _CODES_A_BYTE, K), make
-      )
-      scale = scales[tensor.name]
-      yield _factor(tensor, dtype, scale)
+        tensor.theirs, 'U8', (N // _CODES_A_BYTE, K),
+        functools.partial(model.packed, tensor),
+      )  # fmt: skip
+      yield factor(tensor, found.scales[tensor.name])
       continue
-    else:
-      make = functools.partial(
-        stored, tensor, functools.partial(_values, config, params, tensor)
-      )
-      if config.activation_bits is not None:
-        yield _factor(tensor, dtype, np.ones(1, np.float32))
     yield safetensors_writer.Tensor(
-      tensor.theirs, _STORED[dtype], tensor.shape, make
-    )
+      tensor.theirs, stored, tensor.shape,
+      functools.partial(model.values, tensor),
+    )  # fmt: skip
+    if tensor.linear is not None and model.config.activation_bits is not None:
+      yield factor(tensor, np.ones(1, np.float32))
 
 
-def _factor(tensor: names.Tensor, dtype: Dtype, scale) -> Any:
-  return safetensors_writer.Tensor(
-    f'{tensor.module}.weight_scale',
-    _STORED[dtype],
-    (1,),
-    lambda: scale.astype(jnp.dtype(dtype)),
-  )
+def _prove(config: ModelConfig, folder: Path, wanted: str | None):
+  """Reads the matrices back.
 
-
-def _stored(tensor: names.Tensor, make, *, dtype: Dtype) -> np.ndarray:
-  """What `make` makes, in the dtype of the file."""
-  wide = make()
-  with np.errstate(over='ignore'):  # it is looked at next
-    array = wide.astype(jnp.dtype(dtype))
-  if not np.isfinite(array).all():
-    peak = np.max(np.abs(wide))
-    raise ValueError(
-      f'{tensor.name} has a weight of {peak}, which {dtype} cannot hold'
-      + ("; give dtype='bfloat16'" if np.isfinite(peak) else '')
-    )
-  return array
-
-
-def _plain(params: Params, tensor: names.Tensor) -> np.ndarray:
-  array = np.asarray(_leaf(params, tensor))
-  return array.T if tensor.transposed else array
-
-
-def _values(
-  config: ModelConfig, params: Params, tensor: names.Tensor
-) -> Float32[np.ndarray, 'N K']:
-  """What the forward pass multiplies by."""
-  if config.family == 'float':
-    return _plain(params, tensor)
-  assert tensor.linear is not None
-  leaf = _leaf(params, tensor)
-  codes_NK, scale_S = map(np.asarray, _quantized(config, tensor.linear, leaf))
-  axis = config.linears[tensor.linear].scale_axis
-  values_NK = codes_NK.astype(np.float32)
-  for block_nk, scale in zip(
-    _blocks(values_NK, len(scale_S), axis), scale_S, strict=True
-  ):
-    block_nk *= scale
-  return values_NK
-
-
-def _packed(
-  config: ModelConfig, params: Params, tensor: names.Tensor
-) -> UInt8[np.ndarray, 'n K']:
-  """Byte row r holds rows r + i N / 4 at bits 2 i, as code + 1."""
-  assert tensor.linear is not None
-  codes_NK, _ = _quantized(config, tensor.linear, _leaf(params, tensor))
-  digits_NK = (np.asarray(codes_NK) + 1).astype(np.uint8)
-  packed_nK = np.zeros_like(digits_NK[: len(digits_NK) // _CODES_A_BYTE])
-  for i, rows_nK in enumerate(np.split(digits_NK, _CODES_A_BYTE)):
-    packed_nK |= rows_nK << (2 * i)
-  return packed_nK
-
-
-def _written(config: ModelConfig, folder: Path) -> str:
-  """The fingerprint of what lies in the folder, from its bytes alone."""
+  Raises:
+    ValueError: other codes or scales are there than were to be written: a
+      defect of this program, never of the run.
+  """
+  if wanted is None:
+    return
   with safetensors_file.TensorFiles(folder) as files:
 
-    def read():
+    def each():
       architecture = huggingface.architecture(config)
       for tensor in names.tensors(config, architecture).values():
         if tensor.linear is None:
@@ -398,7 +391,9 @@ def _written(config: ModelConfig, folder: Path) -> str:
         scale_S = scale_S.astype(np.float32)
         yield tensor.name, codes_NK, _seen(codes_NK, scale_S, axis), axis
 
-    return fingerprint.trit_fingerprint(read())
+    found = fingerprint.trit_fingerprint(each())
+  if found != wanted:
+    raise ValueError(f'{folder} holds {found}, wanted {wanted}')
 
 
 def _notes(
