@@ -5,8 +5,7 @@
 
 `make hf` makes that environment, and compares what is made there with us.
 
-What is committed beside this file was made with torch
-2.13.0+cpu, transformers
+What is committed beside this file was made with torch 2.13.0+cpu, transformers
 5.23.0 and safetensors 0.8.0 on Python 3.11.7; each expected.safetensors names
 its versions. In FOLDER, each case has a folder of
 
