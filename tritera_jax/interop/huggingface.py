@@ -118,7 +118,11 @@ class _Fields:
     value = self.found.get(name)
     if value is None:
       value = default
-    if type(value) not in (int, float) or not 0 < value < 1e30:
+    if (
+      isinstance(value, bool)
+      or not isinstance(value, int | float)
+      or not 0 < value < 1e30
+    ):
       self.refuse(name, 'must be a number above 0')
     return float(value)
 

@@ -9,11 +9,10 @@ the parameters no more than a matrix and what is made of it lies in memory.
 
 from collections.abc import Iterator, Mapping
 import contextlib
-import dataclasses
 import json
 from pathlib import Path
 import shutil
-from typing import Any, Literal, NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 from jaxtyping import PyTree
@@ -21,27 +20,23 @@ import numpy as np
 
 from tritera_jax.checkpoint import save, staged
 from tritera_jax.checkpoint.staged import StagedArray
-from tritera_jax.data import tokenizer as tokenizer_lib
 from tritera_jax.experiment import (
   DataConfig,
   Experiment,
   OptimizerConfig,
   RunConfig,
 )
-from tritera_jax.interop import hub, huggingface, matrices, names
+from tritera_jax.interop import contents, hub, huggingface, matrices, names
+from tritera_jax.interop.contents import Dtype, Weights
 from tritera_jax.interop.huggingface import Description
 from tritera_jax.interop.safetensors_file import TensorFiles
 from tritera_jax.model import decoder
 from tritera_jax.model.config import ModelConfig
 from tritera_jax.ternary import latents as latents_lib
-from tritera_jax.ternary import quantize
 from tritera_jax.ternary.schedule import CosineSchedule
 from tritera_kernels import fingerprint
 
-Weights = Literal['ternary', 'latents', 'float']
-
 RECORD = 'imported.json'
-_FLOATS = ('F64', 'F32', 'F16', 'BF16')
 # A float32 scale may have no latents of its own (`latents.latents_of`).
 _ULPS = 4
 
@@ -71,7 +66,7 @@ def import_run(
   out: str | Path,
   *,
   weights: Weights | None = None,
-  dtype: Literal['float32', 'bfloat16'] | None = None,
+  dtype: Dtype | None = None,
   progress=iter,
 ) -> Report:
   """Writes a new run folder from a folder of config.json and safetensors.
@@ -99,10 +94,10 @@ def import_run(
   folder = hub.local(str(source))
   described = huggingface.read_config(folder / 'config.json')
   with TensorFiles(folder) as files:
-    _check_tensors(files, described, folder)
-    _check_tokenizer(folder / 'tokenizer.json', described.model)
-    kind = _decide(files, described, weights)
-    model = _model(described, kind, dtype)
+    contents.check_tensors(files, described, folder)
+    contents.check_tokenizer(folder / 'tokenizer.json', described.model)
+    kind = contents.decide(files, described, weights)
+    model = contents.model_of(described, kind, dtype)
     there = names.tensors(model, described.architecture)
     with _partial(out, model) as partial:
       work = _Work(files, described, kind, model, partial / 'staged')
@@ -137,174 +132,6 @@ def _partial(out: Path, model: ModelConfig) -> Iterator[Path]:
     partial.rename(out)
   finally:
     shutil.rmtree(partial, ignore_errors=True)
-
-
-def _check_tensors(files: TensorFiles, described: Description, folder: Path):
-  """Refuses what is missing, extra or of another shape, all by name."""
-  model = described.model
-  # Before as many names are made.
-  if model.layers > len(files.tensors):
-    raise ValueError(
-      f'{folder}: num_hidden_layers={model.layers}, and there are '
-      f'{len(files.tensors)} tensors'
-    )
-  problems, wanted = [], set()
-  for tensor in names.tensors(model, described.architecture).values():
-    if tensor.name == 'head' and described.tied:
-      continue
-    wanted.add(tensor.theirs)
-    stored = files.tensors.get(tensor.theirs)
-    if stored is None:
-      problems.append(f'{tensor.theirs} is missing')
-      continue
-    shape, floats = tensor.shape, stored.dtype in _FLOATS
-    if tensor.linear and described.weight_scale and stored.dtype == 'U8':
-      # Four outputs a byte.
-      shape = (shape[0] // 4 if shape[0] % 4 == 0 else -1, *shape[1:])
-    elif not floats and not (tensor.linear and described.weight_scale):
-      problems.append(
-        f'{tensor.theirs} is {stored.dtype}, without a quantization_config of '
-        "quant_method 'bitnet' that would say what it means"
-      )
-      continue
-    if stored.shape != shape:
-      problems.append(
-        f'{tensor.theirs} is {stored.dtype}{list(stored.shape)}, by '
-        f'config.json {list(shape)}'
-      )
-    if tensor.linear and described.weight_scale:
-      scale = f'{tensor.module}.weight_scale'
-      wanted.add(scale)
-      if scale not in files.tensors:
-        problems.append(f'{scale} is missing')
-      elif files.tensors[scale].shape not in ((), (1,)):
-        problems.append(
-          f'{scale} has the shape {list(files.tensors[scale].shape)}, wanted '
-          'one number'
-        )
-  for name in files.tensors.keys() - wanted:
-    if name == 'lm_head.weight' and described.tied:
-      continue
-    # Of old checkpoints: it follows from rope_theta.
-    if not name.endswith('.rotary_emb.inv_freq'):
-      problems.append(f'{name} is extra')
-  if problems:
-    shown = '; '.join(sorted(problems)[:8])
-    more = f'; and {len(problems) - 8} more' if len(problems) > 8 else ''
-    raise ValueError(
-      f'{folder}: its tensors are not those of {described.architecture} by '
-      f'config.json: {shown}{more}'
-    )
-
-
-def _check_tokenizer(file: Path, model: ModelConfig):
-  if not file.is_file():
-    raise FileNotFoundError(
-      f'{file} is missing; make it from another kind of tokenizer with '
-      'transformers: AutoTokenizer.from_pretrained(FOLDER).save_pretrained('
-      'FOLDER)'
-    )
-  ids = tokenizer_lib.load_tokenizer(file).get_vocab()
-  name = max(ids, key=ids.__getitem__, default=None)
-  if name is None or ids[name] >= model.vocab_size:
-    raise ValueError(
-      f'{file}: its last token, {name!r}, has id {ids.get(name)}, and '
-      f'config.json says vocab_size={model.vocab_size}; it is the tokenizer of '
-      'another model'
-    )
-
-
-def _decide(
-  files: TensorFiles, described: Description, wanted: Weights | None
-) -> Weights:
-  """What the blocks' matrices are to be read as."""
-  found = described.weights
-  there = names.tensors(described.model, described.architecture).values()
-  linears = [tensor for tensor in there if tensor.linear]
-  kinds = {files.tensors[x.theirs].dtype == 'U8' for x in linears}
-  if len(kinds) > 1:
-    raise ValueError(
-      'some matrices are of packed bytes (U8) and some of values; all of a '
-      'model are quantised, or none'
-    )
-  if kinds == {True}:
-    if found == 'latents':
-      raise ValueError(
-        'matrices are of packed bytes (U8), and config.json says quantization_'
-        "mode='online', for latents; set 'offline'"
-      )
-    found = 'ternary'
-  elif found == 'ternary':
-    raise ValueError(
-      'matrices are of values, and config.json says linear_class='
-      "'bitlinear', for packed bytes (U8); set 'autobitlinear' if values times "
-      'weight_scale are meant'
-    )
-  elif found is None:
-    found = _looks(files, described, linears)
-  if wanted is None or wanted == found:
-    return found
-  if found == 'float' and wanted == 'latents':
-    return 'latents'  # any floats can be
-  if found == 'ternary' and wanted == 'float' and not described.weight_scale:
-    return 'float'
-  hint = ''
-  if (found, wanted) == ('ternary', 'latents'):
-    hint = "; 'ternary' makes latents of exactly these values"
-  raise ValueError(
-    f'weights={wanted!r}, and those of {files.path} are {found!r}{hint}'
-  )
-
-
-def _looks(
-  files: TensorFiles, described: Description, linears: list[names.Tensor]
-) -> Weights:
-  """By the first matrix that is not all zeros."""
-  for tensor in linears:
-    values_NK = files.read(tensor.theirs)
-    if not np.any(values_NK):
-      continue
-    try:
-      matrices.ternary_of(
-        values_NK, *_blocks(described.model, tensor), tensor.theirs
-      )
-    except matrices.NotTernaryError:
-      return 'float'
-    return 'ternary'
-  return 'float'
-
-
-def _blocks(
-  model: ModelConfig, tensor: names.Tensor
-) -> tuple[int, quantize.ScaleAxis]:
-  assert tensor.linear is not None
-  return model.scale_blocks, model.linears[tensor.linear].scale_axis
-
-
-def _model(
-  described: Description,
-  kind: Weights,
-  dtype: Literal['float32', 'bfloat16'] | None,
-) -> ModelConfig:
-  model = described.model
-  if dtype is not None:
-    model = dataclasses.replace(model, dtype=dtype)
-  family = 'float' if kind == 'float' else 'ternary'
-  if model.family == family:
-    return model
-  if family == 'float':
-    return dataclasses.replace(
-      model,
-      family='float',
-      scale_blocks=1,
-      scale_floor=False,
-      vocab_size=model.padded_vocab_size,
-      vocab_multiple=1,
-    )
-  # Every released scale is within reach of a floor, not of a sum with eps.
-  return dataclasses.replace(
-    model, family='ternary', scale_floor=kind == 'ternary'
-  )
 
 
 class _Work:
@@ -369,7 +196,7 @@ class _Work:
     self._target(tensor)[...] = values.T if tensor.transposed else values
 
   def _put_matrix(self, tensor: names.Tensor) -> Iterator[tuple]:
-    blocks, axis = _blocks(self.model, tensor)
+    blocks, axis = contents.blocks(self.model, tensor)
     values_NK = self.files.read(tensor.theirs)
     factor = self._factor(tensor)
     floor = self.model.scale_floor
@@ -409,7 +236,7 @@ class _Work:
     if self.described.weight_scale is None:
       return np.float32(1)
     name = f'{tensor.module}.weight_scale'
-    scale = self.files.read(name).astype(np.float32).reshape(())[()]
+    scale = np.float32(self.files.read(name).reshape(())[()])
     with np.errstate(divide='ignore', over='ignore'):
       factor = scale
       if self.described.weight_scale == 'divisor':

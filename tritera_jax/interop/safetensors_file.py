@@ -9,7 +9,7 @@ two tensors of one name, and knows nothing of the index of several files
 from collections.abc import Mapping
 import contextlib
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, NoReturn
 
 import ml_dtypes
 import numpy as np
@@ -157,9 +157,8 @@ def _read_header(file: Path) -> dict[str, Stored]:
 
 
 def _stored(file: Path, name: str, told: Any) -> Stored:
-  def refuse(words: str):
-    shown = repr(told)
-    raise ValueError(f'{file}: tensor {name!r}: {words}: {shown[:200]}')
+  def refuse(words: str) -> NoReturn:
+    raise ValueError(f'{file}: tensor {name!r}: {words}: {repr(told)[:200]}')
 
   if not isinstance(told, dict):
     refuse('its header is no object')

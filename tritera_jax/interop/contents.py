@@ -1,0 +1,209 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What a checkpoint's files hold, found out before anything is converted."""
+
+import dataclasses
+from pathlib import Path
+from typing import Literal
+
+import numpy as np
+
+from tritera_jax.data import tokenizer as tokenizer_lib
+from tritera_jax.interop import matrices, names
+from tritera_jax.interop.huggingface import Description
+from tritera_jax.interop.safetensors_file import TensorFiles
+from tritera_jax.model.config import ModelConfig
+from tritera_jax.ternary.quantize import ScaleAxis
+
+Weights = Literal['ternary', 'latents', 'float']
+Dtype = Literal['float32', 'bfloat16']
+
+_FLOATS = ('F64', 'F32', 'F16', 'BF16')
+
+
+def check_tensors(files: TensorFiles, described: Description, folder: Path):
+  """Checks that a model's tensors are there, and no others.
+
+  Raises:
+    ValueError: some are missing, extra, or of another shape or dtype.
+  """
+  model = described.model
+  # Before as many names are made.
+  if model.layers > len(files.tensors):
+    raise ValueError(
+      f'{folder}: num_hidden_layers={model.layers}, and there are '
+      f'{len(files.tensors)} tensors'
+    )
+  problems, wanted = [], set()
+  for tensor in names.tensors(model, described.architecture).values():
+    if tensor.name == 'head' and described.tied:
+      continue
+    wanted.add(tensor.theirs)
+    stored = files.tensors.get(tensor.theirs)
+    if stored is None:
+      problems.append(f'{tensor.theirs} is missing')
+      continue
+    shape, floats = tensor.shape, stored.dtype in _FLOATS
+    if tensor.linear and described.weight_scale and stored.dtype == 'U8':
+      # Four outputs a byte.
+      shape = (shape[0] // 4 if shape[0] % 4 == 0 else -1, *shape[1:])
+    elif not floats and not (tensor.linear and described.weight_scale):
+      problems.append(
+        f'{tensor.theirs} is {stored.dtype}, without a quantization_config of '
+        "quant_method 'bitnet' that would say what it means"
+      )
+      continue
+    if stored.shape != shape:
+      problems.append(
+        f'{tensor.theirs} is {stored.dtype}{list(stored.shape)}, by '
+        f'config.json {list(shape)}'
+      )
+    if tensor.linear and described.weight_scale:
+      scale = f'{tensor.module}.weight_scale'
+      wanted.add(scale)
+      if scale not in files.tensors:
+        problems.append(f'{scale} is missing')
+      elif files.tensors[scale].shape not in ((), (1,)):
+        problems.append(
+          f'{scale} has the shape {list(files.tensors[scale].shape)}, wanted '
+          'one number'
+        )
+  for name in files.tensors.keys() - wanted:
+    if name == 'lm_head.weight' and described.tied:
+      continue
+    # Of old checkpoints: it follows from rope_theta.
+    if not name.endswith('.rotary_emb.inv_freq'):
+      problems.append(f'{name} is extra')
+  if problems:
+    shown = '; '.join(sorted(problems)[:8])
+    more = f'; and {len(problems) - 8} more' if len(problems) > 8 else ''
+    raise ValueError(
+      f'{folder}: its tensors are not those of {described.architecture} by '
+      f'config.json: {shown}{more}'
+    )
+
+
+def check_tokenizer(file: Path, model: ModelConfig):
+  """Checks that every token has an embedding.
+
+  Raises:
+    FileNotFoundError: there is no tokenizer.json.
+    ValueError: it is none, or has more tokens than the vocabulary.
+  """
+  if not file.is_file():
+    raise FileNotFoundError(
+      f'{file} is missing; make it from another kind of tokenizer with '
+      'transformers: AutoTokenizer.from_pretrained(FOLDER).save_pretrained('
+      'FOLDER)'
+    )
+  ids = tokenizer_lib.load_tokenizer(file).get_vocab()
+  name = max(ids, key=ids.__getitem__, default='')
+  if ids.get(name, model.vocab_size) >= model.vocab_size:
+    raise ValueError(
+      f'{file}: its last token, {name!r}, has id {ids.get(name)}, and '
+      f'config.json says vocab_size={model.vocab_size}; it is the tokenizer of '
+      'another model, or tokens were added that have no embedding'
+    )
+
+
+def decide(
+  files: TensorFiles, described: Description, wanted: Weights | None
+) -> Weights:
+  """What the blocks' matrices are to be read as.
+
+  Args:
+    files: whose tensors have been checked.
+    described: what config.json says of them.
+    wanted: what the user says; None: nothing.
+
+  Raises:
+    ValueError: tensors, config.json and user contradict each other.
+  """
+  found = described.weights
+  there = names.tensors(described.model, described.architecture).values()
+  linears = [tensor for tensor in there if tensor.linear]
+  kinds = {files.tensors[x.theirs].dtype == 'U8' for x in linears}
+  if len(kinds) > 1:
+    raise ValueError(
+      'some matrices are of packed bytes (U8) and some of values; all of a '
+      'model are quantised, or none'
+    )
+  if kinds == {True}:
+    if found == 'latents':
+      raise ValueError(
+        'matrices are of packed bytes (U8), and config.json says quantization_'
+        "mode='online', for latents; set 'offline'"
+      )
+    found = 'ternary'
+  elif found == 'ternary':
+    raise ValueError(
+      'matrices are of values, and config.json says linear_class='
+      "'bitlinear', for packed bytes (U8); set 'autobitlinear' if values times "
+      'weight_scale are meant'
+    )
+  elif found is None:
+    found = _looks(files, described, linears)
+  if wanted is None or wanted == found:
+    return found
+  # Any floats can be latents; where they are not ternary is said when they are
+  # converted.
+  if found == 'float':
+    return wanted
+  if found == 'ternary' and wanted == 'float' and not described.weight_scale:
+    return 'float'
+  hint = ''
+  if (found, wanted) == ('ternary', 'latents'):
+    hint = "; 'ternary' makes latents of exactly these values"
+  raise ValueError(
+    f'weights={wanted!r}, and those of {files.path} are {found!r}{hint}'
+  )
+
+
+def _looks(
+  files: TensorFiles, described: Description, linears: list[names.Tensor]
+) -> Weights:
+  """By the first matrix that is not all zeros."""
+  for tensor in linears:
+    values_NK = files.read(tensor.theirs)
+    if not np.any(values_NK):
+      continue
+    try:
+      matrices.ternary_of(
+        values_NK, *blocks(described.model, tensor), tensor.theirs
+      )
+    except matrices.NotTernaryError:
+      return 'float'
+    return 'ternary'
+  return 'float'
+
+
+def blocks(model: ModelConfig, tensor: names.Tensor) -> tuple[int, ScaleAxis]:
+  """How many scales a matrix has, and along which axis."""
+  assert tensor.linear is not None
+  return model.scale_blocks, model.linears[tensor.linear].scale_axis
+
+
+def model_of(
+  described: Description,
+  kind: Weights,
+  dtype: Dtype | None,
+) -> ModelConfig:
+  """The model of the run to be made; `dtype` None: as it is described."""
+  model = described.model
+  if dtype is not None:
+    model = dataclasses.replace(model, dtype=dtype)
+  family = 'float' if kind == 'float' else 'ternary'
+  if model.family == family:
+    return model
+  if family == 'float':
+    return dataclasses.replace(
+      model,
+      family='float',
+      scale_blocks=1,
+      scale_floor=False,
+      vocab_size=model.padded_vocab_size,
+      vocab_multiple=1,
+    )
+  # Every released scale is within reach of a floor, not of a sum with eps.
+  return dataclasses.replace(
+    model, family='ternary', scale_floor=kind == 'ternary'
+  )
