@@ -8,7 +8,7 @@ BIN := .venv/bin
 REQUIREMENTS := setup.cfg setup.py pyproject.toml \
   $(wildcard kernels/tritera_kernels/cpu/*.cc kernels/tritera_kernels/cpu/*.h)
 
-.PHONY: help quickstart test check bench hf gpu gpu-train tpu-compile clean
+.PHONY: help quickstart test check bench hf gguf gpu gpu-train tpu-compile clean
 .DELETE_ON_ERROR:
 
 help:
@@ -17,6 +17,7 @@ help:
 	@echo 'make check        format, lint and types'
 	@echo 'make bench        time the kernels and a 1.1B model (five minutes)'
 	@echo 'make hf           compare with transformers (torch, some minutes; HF_PYTHON)'
+	@echo 'make gguf         run the quickstart in llama.cpp (minutes to build it)'
 	@echo 'make gpu          check, tune and time the GPU kernels (25 minutes)'
 	@echo 'make gpu-train    time training of TriLM 99M, 390M, 1.1B and their twins'
 	@echo 'make tpu-compile  compile the TPU kernels, without a TPU (221 MB to fetch)'
@@ -54,6 +55,11 @@ hf: .venv/test .venv/hf/installed
 	  torch==2.13.0 transformers==5.23.0 safetensors==0.8.0 accelerate
 	@touch $@
 
+# RUN=... takes another run whose matrices are whole blocks of 256.
+gguf: .venv/peers
+	@PYTHONPATH=.:kernels $(BIN)/python -m tests.drills.llama_cpp_reads \
+	  $(or $(RUN),runs/quickstart)
+
 # With PYTHON=... that Python is used as it is, and nothing is installed: on a
 # machine that reaches no registry. ARGS='--only check limits' runs some stages.
 gpu: $(if $(PYTHON),,.venv/gpu)
@@ -88,6 +94,12 @@ clean:
 	@echo 'installing what a GPU needs (some minutes)'
 	@$(BIN)/python -m pip install --quiet --disable-pip-version-check \
 	  -e '.[gpu]'
+	@touch $@
+
+.venv/peers: .venv/core
+	@echo 'building llama.cpp (some minutes, and a C++ compiler)'
+	@$(BIN)/python -m pip install --quiet --disable-pip-version-check \
+	  -e '.[peers]'
 	@touch $@
 
 # The plugin without the CUDA libraries that it asks for is 20 MB, and enough

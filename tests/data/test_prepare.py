@@ -148,6 +148,37 @@ def test_again_it_finds_what_is_there_and_other_arguments_are_refused(
     prepare.prepare(str(corpus), str(dataset), vocab_size=301, holdout=0.3)
 
 
+def test_pieces_are_as_they_always_were_unless_they_are_chosen(
+  corpus, dataset, tmp_path
+):
+  """A finished dataset of before there was a choice is found again."""
+  said = json.loads((dataset / 'tokenizer.json').read_text())
+  assert said['pre_tokenizer']['pretokenizers'][0]['pattern']['Regex'] == (
+    r'\s*\n[ \t]*| ?[\p{L}_]+| ?\p{N}{1,3}| ?[^\s\p{L}_\p{N}]+|\s+'
+  )
+  assert said['model']['ignore_merges'] is False
+  assert (
+    'pieces'
+    not in json.loads((dataset / 'manifest.json').read_text())['recipe']
+  )
+  out = tmp_path / 'llama'
+  prepare.prepare(
+    str(corpus), str(out), vocab_size=300, holdout=0.3, pieces='llama-3'
+  )
+  tok = tokenizers.Tokenizer.from_file(str(out / 'tokenizer.json'))
+  cut = tok.pre_tokenizer.pre_tokenize_str("it's\n  x")
+  assert [span for _, span in cut] == [(0, 2), (2, 4), (4, 5), (5, 6), (6, 8)]
+  with pytest.raises(ValueError, match="pieces: 'llama-3' there, None here"):
+    prepare.prepare(str(corpus), str(out), vocab_size=300, holdout=0.3)
+  with pytest.raises(ValueError, match="pieces='gpt-2' is for a tokenizer"):
+    prepare.prepare(
+      str(corpus),
+      str(tmp_path / 'new'),
+      tokenizer=str(out / 'tokenizer.json'),
+      pieces='gpt-2',
+    )
+
+
 def test_a_given_tokenizer_is_used_as_it_is(corpus, dataset, tmp_path):
   other = tmp_path / 'again'
   prepare.prepare(

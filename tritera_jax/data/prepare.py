@@ -67,6 +67,7 @@ def prepare(
   out: str,
   *,
   vocab_size: int = 4096,
+  pieces: tokenizer_lib.Pieces = 'code',
   tokenizer: str | None = None,
   holdout: float = 0.05,
   text_field: str = 'text',
@@ -88,6 +89,8 @@ def prepare(
     out: dataset folder to write, or a bucket URL (gs://..., s3://...).
     vocab_size: most tokens of the tokenizer that is trained, on up to 128 MiB
       of the train split.
+    pieces: that the tokenizer never crosses: 'code', 'gpt-2' or 'llama-3'. With
+      the last two, llama.cpp reads what is exported to it.
     tokenizer: a Hugging Face tokenizer.json to use instead of training one.
     holdout: share of documents in the validation split, chosen by a hash of
       their names; 0 for no such split.
@@ -112,6 +115,11 @@ def prepare(
     raise ValueError(f'holdout={holdout} must lie in [0, 1)')
   if shard_tokens < 1:
     raise ValueError(f'shard_tokens={shard_tokens} must be >= 1')
+  if tokenizer is not None and pieces != 'code':
+    raise ValueError(
+      f'pieces={pieces!r} is for a tokenizer that is trained; {tokenizer} has '
+      'its own'
+    )
   listing = documents.files(corpus)
   recipe = {
     'corpus': corpus,
@@ -122,6 +130,8 @@ def prepare(
   }
   if tokenizer is None:
     recipe['vocab_size'] = vocab_size
+    if pieces != 'code':  # there was no choice once
+      recipe['pieces'] = pieces
   else:
     given = tokenizer_lib.load_tokenizer(tokenizer)
     recipe['tokenizer'] = tokenizer_lib.fingerprint(given)
@@ -180,7 +190,9 @@ def _trained(
   if storage.read(out, 'progress/tokenizer') == key:
     return tokenizer_lib.load_tokenizer(f'{out}/tokenizer.json')
   trained = tokenizer_lib.train_tokenizer(
-    _training_texts(listing, recipe), recipe['vocab_size']
+    _training_texts(listing, recipe),
+    recipe['vocab_size'],
+    recipe.get('pieces', 'code'),
   )
   storage.write(out, 'tokenizer.json', trained.to_str(pretty=True).encode())
   storage.write(out, 'progress/tokenizer', key)

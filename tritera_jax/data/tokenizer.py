@@ -5,6 +5,7 @@ from collections.abc import Iterable
 import hashlib
 import json
 from pathlib import Path
+from typing import Literal, get_args
 
 import tokenizers
 from tokenizers import decoders, models, pre_tokenizers, trainers
@@ -17,17 +18,32 @@ _OTHER_ENDS = ('<|end_of_text|>', '</s>')
 
 # Where a token may not cross: a line end with the indentation that follows it
 # is one piece, so that code's most frequent string is one token.
-_PIECES = (
+CODE_PIECES = (
   r'\s*\n[ \t]*'
   r'| ?[\p{L}_]+'
   r'| ?\p{N}{1,3}'
   r'| ?[^\s\p{L}_\p{N}]+'
   r'|\s+'
 )
+# Those of GPT-2 and of Llama 3, by which llama.cpp, too, can cut text.
+GPT_2_PIECES = (
+  r"'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+"
+  r'|\s+(?!\S)|\s+'
+)
+LLAMA_3_PIECES = (
+  r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}"
+  r'| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+'
+)
+Pieces = Literal['code', 'gpt-2', 'llama-3']
+_PIECES: dict[Pieces, str] = {
+  'code': CODE_PIECES,
+  'gpt-2': GPT_2_PIECES,
+  'llama-3': LLAMA_3_PIECES,
+}
 
 
 def train_tokenizer(
-  texts: Iterable[str], vocab_size: int
+  texts: Iterable[str], vocab_size: int, pieces: Pieces = 'code'
 ) -> tokenizers.Tokenizer:
   """A byte-level BPE tokenizer; END_OF_TEXT is id 0, bytes follow.
 
@@ -35,18 +51,31 @@ def train_tokenizer(
   order give the same tokenizer. Short texts give fewer than `vocab_size`
   tokens.
 
+  Args:
+    texts: what to learn from.
+    vocab_size: most tokens.
+    pieces: where a token may not cross: as suits code, or as GPT-2 or Llama 3
+      have it, which llama.cpp knows.
+
   Raises:
-    ValueError: vocab_size does not hold the 256 bytes and END_OF_TEXT.
+    ValueError: vocab_size does not hold the 256 bytes and END_OF_TEXT, or
+      unknown pieces.
   """
+  if pieces not in get_args(Pieces):
+    raise ValueError(f'pieces={pieces!r} must be one of {get_args(Pieces)}')
   if vocab_size < 257:
     raise ValueError(
       f'vocab_size={vocab_size} must be at least 257: the bytes and '
       f'{END_OF_TEXT}'
     )
-  tokenizer = tokenizers.Tokenizer(models.BPE())
+  # Llama 3 takes a piece that is a token as that token, and so does llama.cpp.
+  model = (
+    models.BPE(ignore_merges=True) if pieces == 'llama-3' else models.BPE()
+  )
+  tokenizer = tokenizers.Tokenizer(model)
   tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
     [
-      pre_tokenizers.Split(tokenizers.Regex(_PIECES), 'isolated'),
+      pre_tokenizers.Split(tokenizers.Regex(_PIECES[pieces]), 'isolated'),
       pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False),
     ]
   )

@@ -1,0 +1,211 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Which tensors a GGUF file gets of a model, of what types; made one by one."""
+
+from collections.abc import Callable
+import functools
+from typing import Literal, NamedTuple, get_args
+
+import jax
+from jaxtyping import Float32, Int8
+import numpy as np
+
+from tritera_jax.interop import gguf_blocks, gguf_model
+from tritera_jax.interop.gguf_blocks import BLOCK_TYPES, BlockType
+from tritera_jax.model import quantized
+from tritera_jax.model.config import ModelConfig
+from tritera_jax.model.decoder import Params
+from tritera_jax.ternary.quantize import ScaleAxis
+
+Types = Literal['tq1_0', 'tq2_0', 'q2_0', 'f16', 'f32']
+Otherwise = Literal['q2_0', 'f16', 'f32']
+FloatTypes = Literal['f16', 'f32', 'bf16', 'q8_0']
+
+
+class Matrix(NamedTuple):
+  """A quantised matrix, in our order of rows."""
+
+  codes_NK: Int8[np.ndarray, 'N K']
+  scale_S: Float32[np.ndarray, ' S']
+  axis: ScaleAxis
+
+
+def ternary_matrices(config: ModelConfig, params: Params) -> dict[str, Matrix]:
+  """Codes and scales of every matrix by name; none of a FloatLM.
+
+  Raises:
+    ValueError: a scale is not finite.
+  """
+  if config.family == 'float':
+    return {}
+  stacked = jax.jit(quantized.codes_and_scales, static_argnums=0)(
+    config, params
+  )
+  found = {}
+  for name, linear, layer in gguf_model.matrices(config):
+    codes_LKN, scale_LS = map(np.asarray, stacked[linear])
+    if not np.isfinite(scale_LS[layer]).all():
+      raise ValueError(
+        f'{name} has scales {scale_LS[layer]}: its latents are not finite'
+      )
+    found[name] = Matrix(
+      codes_LKN[layer].T, scale_LS[layer], config.linears[linear].scale_axis
+    )
+  return found
+
+
+class Planned(NamedTuple):
+  """A tensor to be written.
+
+  Attributes:
+    name: ggml's.
+    type: its type's name.
+    shape: of its weights.
+    make: gives the weights, or their blocks.
+    change: by what share of itself a scale changes at most.
+  """
+
+  name: str
+  type: str
+  shape: tuple[int, ...]
+  make: Callable[[], np.ndarray]
+  change: float = 0.0
+
+
+def plan_tensors(
+  config: ModelConfig,
+  params: Params,
+  matrices: dict[str, Matrix],
+  types: Types,
+  otherwise: Otherwise | None,
+  embedding: FloatTypes,
+  head: FloatTypes,
+) -> list[Planned]:
+  """Every tensor of the file; refuses those that cannot be written."""
+  _check_types(config, types, embedding, head)
+  rest = {
+    'embed': params['embed']['embedding'],
+    'norm': params['norm']['scale'],
+  }
+  layers = params['layers']
+  for layer in range(config.layers):
+    for norm in ('attention_norm', 'mlp_norm'):
+      rest[f'layers.{layer}.{norm}'] = layers[norm]['scale'][layer]
+    if config.qk_norm:
+      for norm in ('q_norm', 'k_norm'):
+        leaf = layers['attention'][norm]['scale'][layer]
+        rest[f'layers.{layer}.attention.{norm}'] = leaf
+  rest['head'] = params['head']['kernel'].T
+  kinds = {'embed': embedding, 'head': head}
+  plan = [
+    _floats(name, kinds.get(name, 'f32'), functools.partial(np.asarray, leaf))
+    for name, leaf in rest.items()
+  ]
+  for name, linear, layer in gguf_model.matrices(config):
+    order = gguf_model.row_order(config, linear)
+    if config.family == 'float':
+      weights = quantized.latents(config, params)[linear]
+      make = functools.partial(_reordered, weights, layer, order)
+      plan.append(_floats(name, types, make))
+      continue
+    matrix = matrices[name]
+    kind = _matrix_type(name, matrix, types, otherwise)
+    if kind == 'f32':
+      make = functools.partial(_dense, matrix, order)
+      plan.append(_floats(name, kind, make))
+      continue
+    try:
+      half = gguf_blocks.half_scales(matrix.scale_S)
+    except ValueError as error:
+      raise ValueError(f"{name}: {error}; give types='f32'") from None
+    if kind in BLOCK_TYPES:
+      make = functools.partial(_blocks, matrix, order, kind)
+      planned = Planned(
+        gguf_model.tensor_name(name), kind, matrix.codes_NK.shape, make
+      )
+    else:
+      planned = _floats(name, kind, functools.partial(_dense, matrix, order))
+    plan.append(planned._replace(change=half.change))
+  return plan
+
+
+def _check_types(config: ModelConfig, types: str, embedding: str, head: str):
+  for argument, kind, known in (
+    ('types', types, get_args(Types)),
+    ('embedding', embedding, get_args(FloatTypes)),
+    ('head', head, get_args(FloatTypes)),
+  ):
+    if kind not in known:
+      raise ValueError(f'{argument}={kind!r} is none of {", ".join(known)}')
+    if kind == 'q8_0' and config.d_model % 32:
+      raise ValueError(
+        f'{argument}=q8_0 has blocks of 32, and model.d_model='
+        f'{config.d_model} is no whole number of them; give {argument}=f16'
+      )
+  if config.family == 'float' and types in BLOCK_TYPES:
+    raise ValueError(
+      f"types={types!r} holds -1, 0 and 1, and model.family='float' has other "
+      "weights; give types='f16' or 'f32'"
+    )
+
+
+def _matrix_type(
+  name: str, matrix: Matrix, types: Types, otherwise: Otherwise | None
+) -> str:
+  """`types`, or `otherwise` where the blocks do not fit the matrix."""
+  problems = []
+  for kind in (types, otherwise):
+    if kind is None:
+      problems.append(
+        "give types='q2_0', whose blocks are of 64, or, for such matrices "
+        "alone, otherwise='q2_0' or 'f16'"
+      )
+      break
+    if kind not in BLOCK_TYPES:
+      return kind
+    try:
+      gguf_blocks.spread_scales(
+        kind, matrix.codes_NK.shape, matrix.scale_S, matrix.axis
+      )
+      return kind
+    except ValueError as error:
+      problems.append(str(error))
+  raise ValueError(f'{name}: {"; ".join(problems)}')
+
+
+def _blocks(matrix: Matrix, order: np.ndarray, kind: BlockType) -> np.ndarray:
+  """A matrix in blocks, packed some rows at a time."""
+  N, K = matrix.codes_NK.shape
+  half = gguf_blocks.half_scales(matrix.scale_S).values
+  half_NB = gguf_blocks.spread_scales(kind, (N, K), half, matrix.axis)
+  data = np.empty((N, gguf_blocks.row_bytes(kind, K)), np.uint8)
+  done = 0
+  for rows in np.array_split(order, -(-N * K // gguf_model.CHUNK)):
+    part = gguf_blocks.pack(kind, matrix.codes_NK[rows], half_NB[rows])
+    data[done : done + len(rows)] = part
+    done += len(rows)
+  return data
+
+
+def _dense(matrix: Matrix, order: np.ndarray) -> Float32[np.ndarray, 'N K']:
+  """Scale times code."""
+  codes_NK, scale_S, axis = matrix
+  along = np.repeat(scale_S, codes_NK.shape[axis == 'in'] // len(scale_S))
+  dense_NK = codes_NK * (along[:, None] if axis == 'out' else along)
+  return dense_NK[order]
+
+
+def _reordered(weights_LKN, layer: int, order: np.ndarray) -> np.ndarray:
+  return np.asarray(weights_LKN[layer]).T[order]
+
+
+def _floats(name: str, kind: str, make: Callable[[], np.ndarray]) -> Planned:
+  """A tensor that is no blocks of codes."""
+  values = make()
+  largest = np.abs(values).max()
+  if not np.isfinite(largest):
+    raise ValueError(f'{name} holds {largest}: its weights are not finite')
+  if kind in ('f16', 'q8_0') and largest > 65504:
+    raise ValueError(
+      f"{name} holds {largest:g}, past float16's 65504; give type 'f32' for it"
+    )
+  return Planned(gguf_model.tensor_name(name), kind, values.shape, make)
