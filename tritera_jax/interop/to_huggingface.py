@@ -46,9 +46,6 @@ from tritera_kernels import fingerprint
 Dtype = Literal['float32', 'float16', 'bfloat16']
 Form = Literal['unpacked', 'packed']
 
-_FORMS: dict[Form, huggingface.Form] = {
-  'unpacked': 'values', 'packed': 'packed',
-}  # fmt: skip
 _STORED: dict[Dtype, safetensors_writer.Dtype] = {
   'float32': 'F32', 'float16': 'F16', 'bfloat16': 'BF16',
 }  # fmt: skip
@@ -136,7 +133,7 @@ def export(
   described = functools.partial(
     huggingface.config_json,
     config,
-    _FORMS[form],
+    form,
     dtype=dtype,
     end_of_text=end,
   )
