@@ -8,7 +8,7 @@ BIN := .venv/bin
 REQUIREMENTS := setup.cfg setup.py pyproject.toml \
   $(wildcard kernels/tritera_kernels/cpu/*.cc kernels/tritera_kernels/cpu/*.h)
 
-.PHONY: help quickstart test check bench gguf gpu gpu-train tpu-compile clean
+.PHONY: help quickstart test check bench hf gguf gpu gpu-train tpu-compile clean
 .DELETE_ON_ERROR:
 
 help:
@@ -16,6 +16,7 @@ help:
 	@echo 'make test         the whole test suite'
 	@echo 'make check        format, lint and types'
 	@echo 'make bench        time the kernels and a 1.1B model (five minutes)'
+	@echo 'make hf           compare with transformers (torch, some minutes; HF_PYTHON)'
 	@echo 'make gguf         run the quickstart in llama.cpp (minutes to build it)'
 	@echo 'make gpu          check, tune and time the GPU kernels (25 minutes)'
 	@echo 'make gpu-train    time training of TriLM 99M, 390M, 1.1B and their twins'
@@ -38,6 +39,21 @@ bench: .venv/core
 	@$(BIN)/python kernels/bench/decode.py
 	@$(BIN)/python kernels/bench/decode.py --format base_three
 	@$(BIN)/python kernels/bench/contention.py
+
+# torch has no CPU build for every Python: this one's environment is its own.
+# From PyPI it may come with CUDA's libraries (2 GB); PIP_EXTRA_INDEX_URL names
+# an index with another, such as https://download.pytorch.org/whl/cpu.
+HF_PYTHON ?= python3.11
+hf: .venv/test .venv/hf/installed
+	@TRITERA_TRANSFORMERS=$(CURDIR)/.venv/hf/bin/python \
+	  $(BIN)/python -m pytest -s tests/interop/test_transformers.py
+
+.venv/hf/installed: Makefile | .venv/test
+	@$(HF_PYTHON) -m venv .venv/hf
+	@echo 'installing torch and transformers (a minute or two)'
+	@.venv/hf/bin/python -m pip install --quiet --disable-pip-version-check \
+	  torch==2.13.0 transformers==5.23.0 safetensors==0.8.0 accelerate
+	@touch $@
 
 # RUN=... takes another run whose matrices are whole blocks of 256.
 gguf: .venv/peers

@@ -47,7 +47,7 @@ MAY_IMPORT = {
   },
   'quantlm': {'checkpoint', 'data', 'experiment', 'model'},
   'interop': {
-    'checkpoint', 'data', 'experiment', 'model', 'ternary',
+    'checkpoint', 'data', 'experiment', 'model', 'ternary', 'train',
     'tritera_kernels', 'validated',
   },
   'scaling': {'pictures', 'validated'},

@@ -170,7 +170,7 @@ BITNET_MODEL = dataclasses.replace(
 )  # fmt: skip
 
 
-def written(model, form='values'):
+def written(model, form='unpacked'):
   return huggingface.config_json(
     model, form, dtype='float32', end_of_text=0, fingerprint='trits1:0'
   )
@@ -187,7 +187,7 @@ def test_architectures_are_those_that_compute_the_model():
     assert settings['architectures'] == [architecture]
     assert 'quantization_config' not in settings
   for form, mode in (
-    ('values', 'offline'), ('packed', 'offline'), ('latents', 'online'),
+    ('unpacked', 'offline'), ('packed', 'offline'), ('latents', 'online'),
   ):  # fmt: skip
     quantized = written(BITNET_MODEL, form)['quantization_config']
     assert quantized['linear_class'] == 'autobitlinear'
@@ -197,13 +197,17 @@ def test_architectures_are_those_that_compute_the_model():
 @pytest.mark.parametrize(
   ('fields', 'form', 'words'),
   [
-    ({'input_norm': True}, 'values', 'model.input_norm=true is computed by no'),
-    ({'qk_norm': True}, 'values', 'sub_norm=true with model.qk_norm=true'),
-    ({'head_dim': 24}, 'values', '4 heads of 24 in model.d_model=48'),
+    (
+      {'input_norm': True},
+      'unpacked',
+      'model.input_norm=true is computed by no',
+    ),
+    ({'qk_norm': True}, 'unpacked', 'sub_norm=true with model.qk_norm=true'),
+    ({'head_dim': 24}, 'unpacked', '4 heads of 24 in model.d_model=48'),
     ({'activation_bits': None}, 'packed', "form='packed' rounds activations"),
-    ({'scale_blocks': 2}, 'packed', "scale_blocks=2; give 'values'"),
+    ({'scale_blocks': 2}, 'packed', "scale_blocks=2; give 'unpacked'"),
     ({'scale_floor': False}, 'latents', "adds 1e-5; give 'packed'"),
-    ({'d_ff': 98}, 'packed', "mlp.gate has 98; give 'values'"),
+    ({'d_ff': 98}, 'packed', "mlp.gate has 98; give 'unpacked'"),
   ],
 )
 def test_what_no_architecture_computes_is_refused(fields, form, words):

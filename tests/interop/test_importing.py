@@ -252,7 +252,7 @@ def test_what_was_exported_here_comes_back_as_it_was(tmp_path):
   fingerprint = imported(tmp_path, 'trilm_2').fingerprint
   model = save.read_experiment(tmp_path / 'run').model
   settings = huggingface.config_json(
-    model, 'values', dtype='float16', end_of_text=0, fingerprint=fingerprint
+    model, 'unpacked', dtype='float16', end_of_text=0, fingerprint=fingerprint
   )
   found = checkpoints.tensors('trilm_2')
   source = checkpoints.write(tmp_path / 'ours', settings, found)

@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Verbs between runs and files of other systems."""
 
+import argparse
 import functools
 from pathlib import Path
 from typing import Literal
@@ -47,3 +48,93 @@ def import_run(args: list[str]):
       )
 
   tyro.cli(run, args=args, prog='tritera import')
+
+
+def export(args: list[str]):
+  kinds = {'hf': _export_hf, 'gguf': _export_gguf}
+  # Each kind has options of its own, and tells them.
+  chooser = argparse.ArgumentParser(
+    'tritera export', add_help=False, allow_abbrev=False
+  )
+  chooser.add_argument('--to', choices=kinds, required=True)
+  chosen, rest = chooser.parse_known_args(args)
+  kinds[chosen.to](rest)
+
+
+def _export_hf(args: list[str]):
+  from tritera_jax.interop import to_huggingface
+
+  def run(
+    run: Positional[Path],
+    out: Path,
+    dtype: to_huggingface.Dtype = 'float32',
+    form: to_huggingface.Form = 'unpacked',
+    step: int | None = None,
+    licence: str = 'unknown',
+  ):
+    """Writes a run as a folder that Hugging Face's transformers loads.
+
+    Args:
+      run: run folder.
+      out: folder to make.
+      dtype: of its tensors; float32 alone is exact.
+      form: unpacked, ternary values as floats, or packed, 2 bits a weight, for
+        models with int8 activations and one scale a matrix.
+      step: which checkpoint; default: the newest.
+      licence: of the model, for its card, such as apache-2.0.
+    """
+    print(
+      to_huggingface.export(
+        run, out, dtype=dtype, form=form, step=step, licence=licence
+      )
+    )
+
+  tyro.cli(run, args=args, prog='tritera export --to hf')
+
+
+def _export_gguf(args: list[str]):
+  from tritera_jax.interop import gguf_plan, gguf_tokenizer, to_gguf
+
+  def run(
+    run: Positional[Path],
+    out: Path,
+    types: gguf_plan.Types,
+    otherwise: gguf_plan.Otherwise | None = None,
+    embedding: gguf_plan.FloatTypes = 'f16',
+    head: gguf_plan.FloatTypes = 'f16',
+    step: int | None = None,
+    pre: gguf_tokenizer.Pre | None = None,
+    sample: Path | None = None,
+    licence: str | None = None,
+  ):
+    """Writes a run as a GGUF file that llama.cpp runs.
+
+    Args:
+      run: run folder.
+      out: file to make.
+      types: of the blocks' matrices: tq1_0, tq2_0 or q2_0; of a FloatLM f16 or
+        f32.
+      otherwise: of a matrix that types cannot hold; default: refuse it.
+      embedding: type of the token embedding.
+      head: type of the output matrix.
+      step: which checkpoint; default: the newest.
+      pre: llama.cpp's rule for cutting text, where none is the tokenizer's own.
+      sample: text on which to try pre; default: held-out text of the run's.
+      licence: of the model, such as apache-2.0.
+    """
+    print(
+      to_gguf.export(
+        run,
+        out,
+        types=types,
+        otherwise=otherwise,
+        embedding=embedding,
+        head=head,
+        step=step,
+        pre=pre,
+        sample=sample,
+        licence=licence,
+      )
+    )
+
+  tyro.cli(run, args=args, prog='tritera export --to gguf')

@@ -28,7 +28,7 @@ from tritera_jax import validated
 from tritera_jax.interop import json_file, names
 from tritera_jax.model.config import ModelConfig
 
-Form = Literal['values', 'packed', 'latents']
+Form = Literal['unpacked', 'packed', 'latents']
 ScaleMeaning = Literal['factor', 'divisor']
 
 # Architecture: its model_type, and what is meant where a file says nothing.
@@ -398,7 +398,7 @@ def config_json(
 
   Args:
     model: what the tensors are of.
-    form: of the blocks' matrices: 'values', what a forward pass multiplies by
+    form: of the blocks' matrices: 'unpacked', what a forward pass multiplies by
       (beside a weight_scale of 1, if activations are int8); 'packed', four
       codes a byte beside a weight_scale; 'latents', to be quantised in each
       forward pass.
@@ -452,18 +452,18 @@ def config_json(
 
 
 def _check_form(model: ModelConfig, form: Form):
-  if form == 'values':
+  if form == 'unpacked':
     return
   if model.activation_bits != 8:
     raise ValueError(
       f'form={form!r} rounds activations to int8 in transformers, and '
-      f"model.activation_bits={model.activation_bits} does not; give 'values'"
+      f"model.activation_bits={model.activation_bits} does not; give 'unpacked'"
     )
   if model.family != 'ternary' or model.scale_blocks != 1:
     raise ValueError(
       f"form={form!r} is of 'ternary' matrices with one scale each, and model."
       f'family={model.family!r} has model.scale_blocks={model.scale_blocks}; '
-      "give 'values'"
+      "give 'unpacked'"
     )
   if form == 'latents' and not model.scale_floor:
     raise ValueError(
@@ -474,5 +474,5 @@ def _check_form(model: ModelConfig, form: Form):
     if form == 'packed' and spec.out_features % 4:
       raise ValueError(
         f"form='packed' holds four outputs a byte, and {name} has "
-        f"{spec.out_features}; give 'values'"
+        f"{spec.out_features}; give 'unpacked'"
       )
