@@ -1,35 +1,58 @@
 # SPDX-License-Identifier: Apache-2.0
 """A run's latents to a packed model; `packed_file` is what lies on disk."""
 
+from collections.abc import Iterator
 import dataclasses
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+from jaxtyping import Array, Float32, Int8
+import numpy as np
 
 from tritera_jax.checkpoint import packed_file, restore
 from tritera_jax.checkpoint.packed_file import Head, PackedModel
 from tritera_jax.model import flops, quantized
 from tritera_jax.model.config import ModelConfig
 from tritera_jax.model.decoder import Params
+from tritera_jax.ternary.quantize import ScaleAxis
 from tritera_kernels import byte_matrix, fingerprint, packed
 from tritera_kernels.matmul import Activations
 
 
-def _named_codes(config: ModelConfig, params: Params):
-  """(name, codes [N, K], scale, axis) of every matrix, layer by layer."""
-  for name, (codes, scale) in jax.jit(
-    quantized.codes_and_scales, static_argnums=0
-  )(config, params).items():
-    axis = config.linears[name].scale_axis
-    for layer in range(config.layers):
-      yield f'layers.{layer}.{name}', codes[layer].T, scale[layer], axis
+class Matrix(NamedTuple):
+  """A ternary or binary matrix by its name in a packed file."""
+
+  name: str
+  codes_NK: Int8[Array | np.ndarray, 'N K']
+  scale_S: Float32[Array | np.ndarray, ' S']
+  axis: ScaleAxis
+
+
+def matrices(config: ModelConfig, params: Params) -> Iterator[Matrix]:
+  """Codes and scales that latents stand for, layer by layer.
+
+  Raises:
+    ValueError: a FloatLM has none; or latents with NaN or infinity.
+  """
+  stacked = jax.jit(quantized.codes_and_scales, static_argnums=0)(
+    config, params
+  )
+  for layer in range(config.layers):
+    for linear, (codes_LKN, scale_LS) in stacked.items():
+      name, scale_S = f'layers.{layer}.{linear}', scale_LS[layer]
+      if not bool(jnp.isfinite(scale_S).all()):
+        raise ValueError(
+          f'{name} has scale {scale_S}: its latents are not finite'
+        )
+      axis = config.linears[linear].scale_axis
+      yield Matrix(name, codes_LKN[layer].T, scale_S, axis)
 
 
 def latent_fingerprint(config: ModelConfig, params: Params) -> str:
   """Fingerprint of the codes and scales that the latents stand for."""
-  return fingerprint.trit_fingerprint(_named_codes(config, params))
+  return fingerprint.trit_fingerprint(matrices(config, params))
 
 
 def pack_model(
@@ -59,22 +82,19 @@ def pack_model(
       f'model.family={config.family!r} cannot be packed; only ternary can'
     )
   packed_file.check_expressible(config, activations)
-  matrices = {}
-  for name, codes_NK, scale, axis in _named_codes(config, params):
-    if not bool(jnp.isfinite(scale).all()):
-      raise ValueError(f'{name} has scale {scale}: its latents are not finite')
-    matrices[name] = packed.pack(
-      codes_NK, scale, format=format, scale_axis=axis
-    )
+  made = {
+    name: packed.pack(codes_NK, scale_S, format=format, scale_axis=axis)
+    for name, codes_NK, scale_S, axis in matrices(config, params)
+  }
   return PackedModel(
     config,
     format,
     activations,
-    matrices,
+    made,
     _rest(
       config, params, head or ('int8' if activations == 'int8' else 'float')
     ),
-    packed_file.packed_fingerprint(matrices),
+    packed_file.packed_fingerprint(made),
   )
 
 

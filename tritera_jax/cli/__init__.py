@@ -18,6 +18,7 @@ VERBS = {
   'quantize': (models.quantize, "a FloatLM's weights to 8..2 bits"),
   'import': (interchange.import_run, 'a Hugging Face checkpoint to a run'),
   'export': (interchange.export, 'a run to Hugging Face or GGUF'),
+  'verify': (interchange.verify, 'that two artefacts hold the same trits'),
   'generate': (models.generate, 'continue a prompt'),
   'goodput': (training.goodput, 'where the time of a run went'),
   'dynamics': (studies.dynamics, 'how a loss slowed, how tokens interfere'),

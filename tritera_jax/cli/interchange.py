@@ -138,3 +138,22 @@ def _export_gguf(args: list[str]):
     )
 
   tyro.cli(run, args=args, prog='tritera export --to gguf')
+
+
+def verify(args: list[str]):
+  from tritera_jax.interop import verify as verify_lib
+
+  def verify(a: Positional[Path], b: Positional[Path]):
+    """Proves that two artefacts hold the same trits and scales.
+
+    Each is a run, a packed folder, a Hugging Face folder or a GGUF file.
+    Exits with 1 at the first difference, and says where it is.
+
+    Args:
+      a: one.
+      b: the other.
+    """
+    bar = functools.partial(tqdm.tqdm, unit='matrix', leave=False)
+    print(verify_lib.verify(a, b, progress=bar))
+
+  tyro.cli(verify, args=args, prog='tritera verify')

@@ -5,6 +5,7 @@ import dataclasses
 from pathlib import Path
 from typing import Literal
 
+from jaxtyping import Float32, Int8
 import numpy as np
 
 from tritera_jax.data import tokenizer as tokenizer_lib
@@ -207,3 +208,59 @@ def model_of(
   return dataclasses.replace(
     model, family='ternary', scale_floor=kind == 'ternary'
   )
+
+
+def ternary(
+  files: TensorFiles,
+  described: Description,
+  model: ModelConfig,
+  tensor: names.Tensor,
+) -> tuple[Int8[np.ndarray, 'N K'], Float32[np.ndarray, ' S']]:
+  """Codes and scales of a matrix of codes or of ternary values.
+
+  Raises:
+    ValueError: it is of others: its place is named; or a scale is none.
+  """
+  scales, axis = blocks(model, tensor)
+  stored_NK = files.read(tensor.theirs)
+  if stored_NK.dtype == np.uint8:
+    codes_NK = matrices.unpack(stored_NK, tensor.theirs)
+    scale_S = np.ones(scales, np.float32)
+  else:
+    codes_NK, scale_S = matrices.ternary_of(
+      stored_NK, scales, axis, tensor.theirs
+    )
+  return codes_NK, scale_S * _factor(files, described, tensor)
+
+
+def values(
+  files: TensorFiles, described: Description, tensor: names.Tensor
+) -> Float32[np.ndarray, 'N K']:
+  """A matrix of latents, or of a FloatLM.
+
+  Raises:
+    ValueError: one is NaN or infinite, or a scale is none.
+  """
+  stored_NK = files.read(tensor.theirs)
+  matrices.check_finite(stored_NK, tensor.theirs)
+  factor = _factor(files, described, tensor)
+  return stored_NK.astype(np.float32) * factor
+
+
+def _factor(
+  files: TensorFiles, described: Description, tensor: names.Tensor
+) -> np.float32:
+  """What the tensor's values are to be multiplied by."""
+  if described.weight_scale is None:
+    return np.float32(1)
+  name = f'{tensor.module}.weight_scale'
+  scale = np.float32(files.read(name).reshape(())[()])
+  with np.errstate(divide='ignore', over='ignore'):
+    factor = scale
+    if described.weight_scale == 'divisor':
+      factor = np.float32(1) / scale
+  if not 0 < factor < np.inf or not 0 < scale < np.inf:
+    raise ValueError(
+      f'{name} is {scale}; it must be above 0 and finite, and so its reciprocal'
+    )
+  return factor

@@ -28,7 +28,7 @@ import pydantic
 
 from tritera_jax.interop import gguf_blocks
 from tritera_jax.interop.gguf_blocks import BLOCK_TYPES
-from tritera_jax.interop.gguf_file import GgufFile
+from tritera_jax.interop.gguf_file import GgufFile, Tensor
 from tritera_jax.model.config import ModelConfig
 from tritera_jax.ternary.quantize import ScaleAxis
 from tritera_jax.validated import from_json
@@ -124,14 +124,7 @@ def read_matrices(
     )
   for n, (name, linear, _) in enumerate(matrices(config)):
     there, spec = tensor_name(name), config.linears[linear]
-    tensor = file.tensors.get(there)
-    shape = (spec.out_features, spec.in_features)
-    if tensor is None or tensor.shape != shape:
-      raise ValueError(
-        f'{file.path}: tensor {there} is '
-        f'{"missing" if tensor is None else list(tensor.shape)}, wanted '
-        f'{list(shape)}'
-      )
+    _tensor(file, there, (spec.out_features, spec.in_features))
     scale_S = np.array(scales[S * n : S * (n + 1)], '<f4')
     try:
       codes_NK = _read_codes(file, there, scale_S, row_order(config, linear),
@@ -181,3 +174,57 @@ def _read_codes(
         f'tritera.scales says {half_NB[rows[n], b]}'
       )
   return codes_NK
+
+
+def read_foreign(
+  file: GgufFile, config: ModelConfig
+) -> Iterator[
+  tuple[str, Int8[np.ndarray, 'N K'], Float32[np.ndarray, ' S'], ScaleAxis]
+]:
+  """(name, codes, scales, axis) of a file that something else wrote.
+
+  Args:
+    file: of architecture `llama` or `qwen3`, as the model's is.
+    config: says where scales lie, which such a file does not.
+
+  Raises:
+    ValueError: a matrix is missing, is of another shape or type than ternary
+      blocks, or has other scales than one for each block of the model's.
+  """
+  for name, linear, _ in matrices(config):
+    there, spec = tensor_name(name), config.linears[linear]
+    tensor = _tensor(file, there, (spec.out_features, spec.in_features))
+    if tensor.type not in BLOCK_TYPES:
+      raise ValueError(
+        f'{file.path}: tensor {there} is {tensor.type}; only '
+        f'{", ".join(BLOCK_TYPES)} hold codes'
+      )
+    order = row_order(config, linear)
+    codes_NK = np.empty(tensor.shape, np.int8)
+    scales = []
+    done = 0
+    try:
+      for rows in np.array_split(order, -(-codes_NK.size // CHUNK)):
+        part = file.rows(there)[done : done + len(rows)]
+        done += len(rows)
+        codes_NK[rows], half_NB = gguf_blocks.unpack(tensor.type, part)
+        scales.append(half_NB)
+      ours_NB = np.empty((len(order), scales[0].shape[1]), np.float16)
+      ours_NB[order] = np.concatenate(scales)
+      half_S = gguf_blocks.gathered_scales(
+        ours_NB, config.scale_blocks, spec.scale_axis
+      )
+    except ValueError as error:
+      raise ValueError(f'{file.path}: tensor {there}: {error}') from None
+    yield name, codes_NK, half_S.astype(np.float32), spec.scale_axis
+
+
+def _tensor(file: GgufFile, there: str, shape: tuple[int, int]) -> Tensor:
+  tensor = file.tensors.get(there)
+  if tensor is None or tensor.shape != shape:
+    raise ValueError(
+      f'{file.path}: tensor {there} is '
+      f'{"missing" if tensor is None else list(tensor.shape)}, wanted '
+      f'{list(shape)}'
+    )
+  return tensor

@@ -5,52 +5,30 @@ from collections.abc import Callable
 import functools
 from typing import Literal, NamedTuple, get_args
 
-import jax
-from jaxtyping import Float32, Int8
+from jaxtyping import Float32
 import numpy as np
 
+from tritera_jax.checkpoint import pack
+from tritera_jax.checkpoint.pack import Matrix
 from tritera_jax.interop import gguf_blocks, gguf_model
 from tritera_jax.interop.gguf_blocks import BLOCK_TYPES, BlockType
 from tritera_jax.model import quantized
 from tritera_jax.model.config import ModelConfig
 from tritera_jax.model.decoder import Params
-from tritera_jax.ternary.quantize import ScaleAxis
 
 Types = Literal['tq1_0', 'tq2_0', 'q2_0', 'f16', 'f32']
 Otherwise = Literal['q2_0', 'f16', 'f32']
 FloatTypes = Literal['f16', 'f32', 'bf16', 'q8_0']
 
 
-class Matrix(NamedTuple):
-  """A quantised matrix, in our order of rows."""
-
-  codes_NK: Int8[np.ndarray, 'N K']
-  scale_S: Float32[np.ndarray, ' S']
-  axis: ScaleAxis
-
-
 def ternary_matrices(config: ModelConfig, params: Params) -> dict[str, Matrix]:
-  """Codes and scales of every matrix by name; none of a FloatLM.
-
-  Raises:
-    ValueError: a scale is not finite.
-  """
+  """Every matrix by name; none of a FloatLM."""
   if config.family == 'float':
     return {}
-  stacked = jax.jit(quantized.codes_and_scales, static_argnums=0)(
-    config, params
-  )
-  found = {}
-  for name, linear, layer in gguf_model.matrices(config):
-    codes_LKN, scale_LS = map(np.asarray, stacked[linear])
-    if not np.isfinite(scale_LS[layer]).all():
-      raise ValueError(
-        f'{name} has scales {scale_LS[layer]}: its latents are not finite'
-      )
-    found[name] = Matrix(
-      codes_LKN[layer].T, scale_LS[layer], config.linears[linear].scale_axis
-    )
-  return found
+  return {
+    name: Matrix(name, np.asarray(codes_NK), np.asarray(scale_S), axis)
+    for name, codes_NK, scale_S, axis in pack.matrices(config, params)
+  }
 
 
 class Planned(NamedTuple):

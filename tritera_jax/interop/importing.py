@@ -197,19 +197,12 @@ class _Work:
 
   def _put_matrix(self, tensor: names.Tensor) -> Iterator[tuple]:
     blocks, axis = contents.blocks(self.model, tensor)
-    values_NK = self.files.read(tensor.theirs)
-    factor = self._factor(tensor)
     floor = self.model.scale_floor
     wanted_S = None
     if self.kind == 'ternary':
-      if values_NK.dtype == np.uint8:
-        codes_NK = matrices.unpack(values_NK, tensor.theirs)
-        wanted_S = np.ones(blocks, np.float32)
-      else:
-        codes_NK, wanted_S = matrices.ternary_of(
-          values_NK, blocks, axis, tensor.theirs
-        )
-      wanted_S *= factor
+      codes_NK, wanted_S = contents.ternary(
+        self.files, self.described, self.model, tensor
+      )
       try:
         latents_KN = latents_lib.latents_of(
           codes_NK.T, wanted_S, axis, floor=floor, ulps=_ULPS
@@ -217,8 +210,7 @@ class _Work:
       except ValueError as error:
         raise ValueError(f'{tensor.theirs}: {error}') from None
     else:
-      matrices.check_finite(values_NK, tensor.theirs)
-      latents_KN = values_NK.T.astype(np.float32) * factor
+      latents_KN = contents.values(self.files, self.described, tensor).T
     self._target(tensor)[...] = latents_KN
     if self.kind == 'float':
       return
@@ -230,23 +222,6 @@ class _Work:
       there_S = np.array([block.any() for block in split])
       self.rounded += bool((scale_S != wanted_S)[there_S].any())
     yield tensor.name, codes_NK, scale_S, axis
-
-  def _factor(self, tensor: names.Tensor) -> np.float32:
-    """What the tensor's values are to be multiplied by."""
-    if self.described.weight_scale is None:
-      return np.float32(1)
-    name = f'{tensor.module}.weight_scale'
-    scale = np.float32(self.files.read(name).reshape(())[()])
-    with np.errstate(divide='ignore', over='ignore'):
-      factor = scale
-      if self.described.weight_scale == 'divisor':
-        factor = np.float32(1) / scale
-    if not 0 < factor < np.inf or not 0 < scale < np.inf:
-      raise ValueError(
-        f'{name} is {scale}; it must be above 0 and finite, and so its '
-        'reciprocal'
-      )
-    return factor
 
 
 def _experiment(model: ModelConfig, out: Path) -> Experiment:

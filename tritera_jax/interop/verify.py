@@ -1,0 +1,264 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Whether two artefacts hold the same trits and scales.
+
+An artefact is a run, a packed folder, a Hugging Face checkpoint or a GGUF file.
+Each is read as (name, codes, scales, axis) of one matrix after another, and
+codes must be the same. Scales must be too, once both are rounded to the coarser
+of the types that the two keep them in: a checkpoint in float16 has no float32.
+The scale of a block of zeros multiplies nothing and is not compared.
+
+Shapes: N outputs, K inputs, S scale blocks.
+"""
+
+from collections.abc import Callable, Iterator
+import itertools
+from pathlib import Path
+from typing import Literal, NamedTuple
+
+import jax.numpy as jnp
+from jaxtyping import Float32
+import numpy as np
+
+from tritera_jax.checkpoint import pack, packed_file, restore, save
+from tritera_jax.checkpoint.pack import Matrix
+from tritera_jax.interop import (
+  contents,
+  gguf_file,
+  gguf_model,
+  huggingface,
+  names,
+)
+from tritera_jax.interop.safetensors_file import TensorFiles
+from tritera_jax.model.config import ModelConfig
+from tritera_jax.ternary import latents
+from tritera_jax.ternary.quantize import EPS
+from tritera_kernels import fingerprint, packed
+
+Kind = Literal['run', 'packed', 'huggingface', 'gguf']
+# From fine to coarse.
+Kept = Literal['float32', 'float16', 'bfloat16']
+_KEPT: tuple[Kept, ...] = ('float32', 'float16', 'bfloat16')
+_STORED: dict[str, Kept] = {'F16': 'float16', 'BF16': 'bfloat16'}
+
+
+class Artefact(NamedTuple):
+  """A model somewhere on disk.
+
+  Attributes:
+    path: of it.
+    kind: what it is.
+    config: its model; None: the file does not say which scales it has.
+    kept: the type that scales have there.
+    read: its matrices, layer by layer, of that model.
+  """
+
+  path: Path
+  kind: Kind
+  config: ModelConfig | None
+  kept: Kept
+  read: Callable[[ModelConfig], Iterator[Matrix]]
+
+
+class Same(NamedTuple):
+  """What two artefacts have in common.
+
+  Attributes:
+    matrices: how many.
+    weights: in all of them.
+    scales: the type in which scales are equal.
+    fingerprint: of the codes and of the scales in that type.
+  """
+
+  matrices: int
+  weights: int
+  scales: Kept
+  fingerprint: str
+
+  def __str__(self) -> str:
+    rounded = '' if self.scales == 'float32' else f', rounded to {self.scales}'
+    return (
+      f'the same: {self.weights:,} weights in {self.matrices} matrices, scales '
+      f'equal{rounded}; {self.fingerprint}'
+    )
+
+
+class DifferenceError(ValueError):
+  """Two artefacts differ; the message says where first."""
+
+
+def verify(a: str | Path, b: str | Path, *, progress=iter) -> Same:
+  """Compares two artefacts.
+
+  Args:
+    a: run folder, packed folder, Hugging Face folder or GGUF file.
+    b: another.
+    progress: wraps the iterable of matrices, as tqdm does.
+
+  Raises:
+    DifferenceError: they differ: the first matrix and index, and what is there.
+    FileNotFoundError: there is nothing of these kinds.
+    ValueError: one is damaged, or holds no codes.
+  """
+  first, second = open_artefact(a), open_artefact(b)
+  config = first.config or second.config
+  if config is None:
+    raise ValueError(
+      f'neither {a} nor {b} says how many scales a matrix has; compare each '
+      'with the checkpoint that it was made of'
+    )
+  kept = max(first.kept, second.kept, key=_KEPT.index)
+  weights, matrices = 0, []
+  pairs = itertools.zip_longest(
+    first.read(first.config or config), second.read(second.config or config)
+  )
+
+  def compared() -> Iterator[Matrix]:
+    nonlocal weights
+    for one, other in progress(pairs):
+      scale_S = _compare(one, other, first, second, kept)
+      weights += one.codes_NK.size
+      matrices.append(one.name)
+      yield one._replace(scale_S=scale_S)
+
+  proof = fingerprint.trit_fingerprint(compared())
+  return Same(len(matrices), weights, kept, proof)
+
+
+def _compare(
+  one: Matrix | None,
+  other: Matrix | None,
+  first: Artefact,
+  second: Artefact,
+  kept: Kept,
+) -> Float32[np.ndarray, ' S']:
+  """The scales of both."""
+  if one is None or other is None or one.name != other.name:
+    raise DifferenceError(
+      f'{first.path} goes on with {one.name if one else "nothing"}, '
+      f'{second.path} with {other.name if other else "nothing"}'
+    )
+  for what, here, there in (
+    ('shape', one.codes_NK.shape, other.codes_NK.shape),
+    ('scales', len(one.scale_S), len(other.scale_S)),
+    ('axis of scales', one.axis, other.axis),
+  ):
+    if here != there and (what != 'axis of scales' or len(one.scale_S) > 1):
+      raise DifferenceError(
+        f'{one.name}: {what} {here} in {first.path}, {there} in {second.path}'
+      )
+  wrong = one.codes_NK != other.codes_NK
+  if wrong.any():
+    n, k = np.unravel_index(np.argmax(wrong), wrong.shape)
+    raise DifferenceError(
+      f'{one.name}: the code of output {n}, input {k} is '
+      f'{one.codes_NK[n, k]} in {first.path}, {other.codes_NK[n, k]} in '
+      f'{second.path}; {wrong.sum():,} of {wrong.size:,} differ'
+    )
+  axis = {'out': 0, 'in': 1}[one.axis]
+  parts = np.split(one.codes_NK, len(one.scale_S), axis)
+  blank_S = np.array([not part.any() for part in parts])
+  here_S, there_S = (
+    np.asarray(jnp.where(blank_S, EPS, matrix.scale_S).astype(kept), np.float32)
+    for matrix in (one, other)
+  )
+  if not np.array_equal(here_S, there_S):
+    block = int(np.argmax(here_S != there_S))
+    raise DifferenceError(
+      f'{one.name}: scale {block} is {one.scale_S[block]!r} in {first.path}, '
+      f'{other.scale_S[block]!r} in {second.path}: not equal in {kept}'
+    )
+  return here_S
+
+
+def open_artefact(path: str | Path) -> Artefact:
+  """What lies at a path, by what is in it.
+
+  Raises:
+    FileNotFoundError: nothing that is known.
+    ValueError: it is damaged, or holds no codes.
+  """
+  path = Path(path)
+  if path.is_file():
+    return _gguf(path)
+  if (path / 'experiment.json').is_file():
+    config = save.read_experiment(path).model
+    return Artefact(path, 'run', config, 'float32', lambda _: _run(path))
+  if (path / 'config.json').is_file():
+    return _huggingface(path)
+  if (path / 'model.safetensors').is_file():
+    model = packed_file.read(path)
+    return Artefact(
+      path, 'packed', model.config, 'float32', lambda _: _packed(model)
+    )
+  raise FileNotFoundError(
+    f'{path} is no GGUF file, and no folder with experiment.json (a run), '
+    'config.json (Hugging Face) or model.safetensors (packed)'
+  )
+
+
+def _run(path: Path) -> Iterator[Matrix]:
+  experiment, params = restore.restore_params(path)
+  for name, codes_NK, scale_S, axis in pack.matrices(experiment.model, params):
+    yield Matrix(name, np.asarray(codes_NK), np.asarray(scale_S), axis)
+
+
+def _packed(model: packed_file.PackedModel) -> Iterator[Matrix]:
+  for layer in range(model.config.layers):
+    for linear in model.config.linears:
+      name = f'layers.{layer}.{linear}'
+      matrix = model.matrices[name]
+      codes_NK, scale_S = map(np.asarray, packed.unpack(matrix))
+      yield Matrix(name, codes_NK, scale_S, matrix.scale_axis)
+
+
+def _huggingface(folder: Path) -> Artefact:
+  described = huggingface.read_config(folder / 'config.json')
+  with TensorFiles(folder) as files:
+    contents.check_tensors(files, described, folder)
+    weights = contents.decide(files, described, None)
+    config = contents.model_of(described, weights, None)
+    linears = [
+      tensor
+      for tensor in names.tensors(config, described.architecture).values()
+      if tensor.linear is not None
+    ]
+    # Scales are values of their own beside codes, or are in every value.
+    holder = linears[0].theirs
+    if described.weight_scale is not None:
+      holder = f'{linears[0].module}.weight_scale'
+    kept = _STORED.get(files.tensors[holder].dtype, 'float32')
+  if weights == 'float':
+    raise ValueError(f'{folder} is of a FloatLM, which has no codes')
+  if weights == 'latents':
+    kept = 'float32'
+
+  def read(_: ModelConfig) -> Iterator[Matrix]:
+    with TensorFiles(folder) as files:
+      for tensor in linears:
+        blocks, axis = contents.blocks(config, tensor)
+        if weights == 'ternary':
+          codes_NK, scale_S = contents.ternary(files, described, config, tensor)
+        else:
+          latents_NK = contents.values(files, described, tensor)
+          codes_KN, scale_S = latents.ternarized(
+            latents_NK.T, blocks, axis, config.scale_floor
+          )
+          codes_NK = np.asarray(codes_KN).T
+        yield Matrix(tensor.name, codes_NK, np.asarray(scale_S), axis)
+
+  return Artefact(folder, 'huggingface', config, kept, read)
+
+
+def _gguf(path: Path) -> Artefact:
+  file = gguf_file.read(path)
+  if 'tritera.model' in file.metadata:
+    return Artefact(
+      path, 'gguf', gguf_model.read_config(file), 'float32',
+      lambda _: itertools.starmap(Matrix, gguf_model.read_matrices(file)),
+    )  # fmt: skip
+  return Artefact(
+    path, 'gguf', None, 'float16',
+    lambda config: itertools.starmap(
+      Matrix, gguf_model.read_foreign(file, config)
+    ),
+  )  # fmt: skip
