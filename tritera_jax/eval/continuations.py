@@ -135,7 +135,7 @@ def _batches(model, requests, batch_size):
 
 
 def _targets(rows, requests, batch_size, length):
-  """Batches of the requests of some rows: which, and the arrays of `_scores`."""
+  """Batches of the requests of some rows, and the arrays for `_scores`."""
   by_length = collections.defaultdict(list)
   for number, row in enumerate(rows):
     for index in row.requests:
