@@ -89,6 +89,13 @@ class TriteraLM(TemplateLM):
       string, add_special_tokens=add_special_tokens
     ).ids
 
+  def _encode_pair(
+    self, context: str, continuation: str
+  ) -> tuple[list[int], list[int]]:
+    """lm-eval's, but for a continuation that would have no token left."""
+    start, more = super()._encode_pair(context, continuation)
+    return start, more or self.tok_encode(continuation, False)
+
   def _loglikelihood_tokens(
     self, requests: Sequence, disable_tqdm: bool = False, **kwargs
   ) -> list[tuple[float, bool]]:

@@ -134,9 +134,14 @@ def pair(
   """Both texts as ids: encoded as one, split where the context's own end.
 
   Spaces at the context's end go to the continuation, where tokenizers have
-  them. This is how lm-eval splits.
+  them. This is how lm-eval splits. Where one token spans the end of both and
+  nothing would be left, the continuation is encoded alone.
   """
   stripped = context.rstrip()
   whole = tokenizer.encode(context + continuation).ids
   start = tokenizer.encode(stripped).ids
-  return Request(start, whole[len(start) :])
+  return Request(
+    start,
+    whole[len(start) :]
+    or tokenizer.encode(continuation, add_special_tokens=False).ids,
+  )
