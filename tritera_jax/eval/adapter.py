@@ -110,10 +110,12 @@ class TriteraLM(TemplateLM):
       batch_size=self.batch_size,
       progress=_bar('batch', disable_tqdm),
     )
-    for (text, _, _), score in zip(requests, scores, strict=True):
+    # lm-eval wants plain tuples, which its caches hold.
+    answers = [(score.log_likelihood, score.is_greedy) for score in scores]
+    for (text, _, _), answer in zip(requests, answers, strict=True):
       if text is not None:
-        self.cache_hook.add_partial('loglikelihood', text, tuple(score))
-    return [tuple(score) for score in scores]
+        self.cache_hook.add_partial('loglikelihood', text, answer)
+    return answers
 
   def loglikelihood_rolling(
     self, requests: Sequence, disable_tqdm: bool = False
