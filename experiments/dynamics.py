@@ -60,8 +60,8 @@ from tritera_jax.experiment import (
   RunConfig,
 )
 from tritera_jax.model.config import ModelConfig
-from tritera_jax.scaling import dynamics, dynamics_files, dynamics_report
-from tritera_jax.scaling.dynamics import Curve, Deceleration
+from tritera_jax.scaling.dynamics import deceleration, files, report
+from tritera_jax.scaling.dynamics.deceleration import Curve, Deceleration
 from tritera_jax.ternary.quantize import Family
 from tritera_jax.ternary.schedule import InfiniteSchedule
 
@@ -157,10 +157,10 @@ def published(curves: Path | None):
     law = Deceleration(*row[:5])
     L_d, t_d, r_d, L_hat, rsle, T = row[5:]
     if given is None:
-      steps, _ = dynamics.smoothed(np.arange(1, T + 1), np.ones(T), Curve())
+      steps, _ = deceleration.smoothed(np.arange(1, T + 1), np.ones(T), Curve())
       noise = np.random.default_rng(n).normal(0, rsle, len(steps))
-      exact = dynamics.fit_smoothed(steps, law.loss(steps))
-      found = dynamics.fit_smoothed(steps, law.loss(steps) * np.exp(noise))
+      exact = deceleration.fit_smoothed(steps, law.loss(steps))
+      found = deceleration.fit_smoothed(steps, law.loss(steps) * np.exp(noise))
       worst = max(
         abs(getattr(exact, field) / getattr(law, field) - 1)
         for field in ('b', 'c0', 'c1', 'log_d1', 'f1')
@@ -173,7 +173,7 @@ def published(curves: Path | None):
       smooth = given[name if name in given else f'OLMo-{name}']['smoothed_loss']
       points = dict(zip(smooth['x'], smooth['y'], strict=True))  # no step twice
       steps = [step for step in points if step > Curve().after]
-      found = dynamics.fit_smoothed(steps, [points[s] for s in steps])
+      found = deceleration.fit_smoothed(steps, [points[s] for s in steps])
       note = f'L_T {found.final_loss:.3f}'
     print(_line(name, found, note))
     print(
@@ -183,12 +183,10 @@ def published(curves: Path | None):
 
 
 def compare(runs: tuple[Path, ...], out: Path, curve: Curve):
-  found = {
-    run.name: dynamics_files.read(run / 'dynamics', curve) for run in runs
-  }
+  found = {run.name: files.read(run / 'dynamics', curve) for run in runs}
   for name, one in found.items():
-    print(f'{name}\n{dynamics_report.text(one)}\n')
-  for path in dynamics_report.write(found, out):
+    print(f'{name}\n{report.text(one)}\n')
+  for path in report.write(found, out):
     print(path)
 
 

@@ -16,7 +16,7 @@ from tritera_jax.data import shards
 from tritera_jax.eval import interference
 from tritera_jax.eval.interference import Tokens
 from tritera_jax.model import decoder
-from tritera_jax.scaling import dynamics_files
+from tritera_jax.scaling.dynamics import files
 from tritera_jax.train import loop
 
 T = 8
@@ -196,7 +196,7 @@ def test_the_update_is_the_one_that_the_run_made(run, measured, tiny_data):
 
 def test_scaling_reads_what_is_written(measured):
   assert (measured / 'interference.svg').exists()
-  run = dynamics_files.read(measured)
+  run = files.read(measured)
   assert run.family == 'ternary'
   assert 'too few to show a break' in run.no_deceleration
   assert [c.step for c in run.checkpoints] == [1, 2, 4, 8, 16]

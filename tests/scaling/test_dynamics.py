@@ -8,8 +8,17 @@ import numpy as np
 import pytest
 
 from tritera_jax import experiment_file
-from tritera_jax.scaling import dynamics, dynamics_files, dynamics_report
-from tritera_jax.scaling.dynamics import Curve, Deceleration, NoBreakError
+from tritera_jax.scaling.dynamics import (
+  deceleration,
+  files,
+  interference,
+  report,
+)
+from tritera_jax.scaling.dynamics.deceleration import (
+  Curve,
+  Deceleration,
+  NoBreakError,
+)
 
 FOLDER = Path(__file__).parents[2] / 'experiments'
 PAPER = experiment_file.load_module(FOLDER / 'dynamics.py').PAPER
@@ -17,7 +26,7 @@ PAPER = experiment_file.load_module(FOLDER / 'dynamics.py').PAPER
 
 def kept(steps):
   every = np.arange(1, steps + 1)
-  return dynamics.smoothed(every, np.ones(steps), Curve())[0]
+  return deceleration.smoothed(every, np.ones(steps), Curve())[0]
 
 
 @pytest.mark.parametrize('name', PAPER)
@@ -25,7 +34,7 @@ def test_the_published_laws_are_recovered(name):
   parameters, T = PAPER[name][:5], PAPER[name][-1]
   law = Deceleration(*parameters)
   steps = kept(T)
-  got = dynamics.fit_smoothed(steps, law.loss(steps))
+  got = deceleration.fit_smoothed(steps, law.loss(steps))
   found = (got.b, got.c0, got.c1, got.log_d1, got.f1)
   assert found == pytest.approx(parameters, rel=1e-3)
   assert got.rsle < 1e-5 < 0.01 < got.rsle_line
@@ -71,9 +80,9 @@ def test_the_steps_that_are_kept():
   ]  # fmt: skip
   assert steps.tolist() == by_hand
   every = np.arange(30)
-  early, _ = dynamics.smoothed(every, np.ones(30), Curve(after=0))
+  early, _ = deceleration.smoothed(every, np.ones(30), Curve(after=0))
   assert early.tolist() == every[1:].tolist()
-  few, _ = dynamics.smoothed(
+  few, _ = deceleration.smoothed(
     np.arange(5000), np.ones(5000), Curve(spacing=10, after=4900)
   )
   assert few.tolist() == [*range(4910, 5000, 10), 4999]
@@ -84,7 +93,7 @@ def test_smoothing_is_the_mean_since_a_sixth_of_the_steps():
   steps = np.flatnonzero(rng.random(500) < 0.7)  # some are missing
   losses = rng.uniform(1, 9, len(steps))
   loss_of = dict(zip(steps.tolist(), losses, strict=True))
-  got = dynamics.smoothed(steps, losses, Curve(after=0))
+  got = deceleration.smoothed(steps, losses, Curve(after=0))
   for step, mean in zip(*got, strict=True):
     since = range(math.floor(step / 1.2), step + 1)
     want = np.mean([loss_of[s] for s in since if s in loss_of])
@@ -96,7 +105,7 @@ def test_errors_are_those_of_repeated_fits():
   steps = kept(60_000)
   rng = np.random.default_rng(0)
   laws = [
-    dynamics.fit_smoothed(
+    deceleration.fit_smoothed(
       steps, law.loss(steps) * np.exp(0.01 * rng.normal(size=len(steps)))
     )
     for _ in range(60)
@@ -116,35 +125,35 @@ def test_curves_without_a_deceleration_are_refused():
   steps = np.arange(1, 5001)
   line = 20 * steps**-0.2
   with pytest.raises(NoBreakError, match='from 110 to 4000: too few to show'):
-    dynamics.fit(steps[:4000], line[:4000])
+    deceleration.fit(steps[:4000], line[:4000])
   with pytest.raises(NoBreakError, match='too few .* or give another guess'):
-    dynamics.fit(steps[:0], line[:0])
+    deceleration.fit(steps[:0], line[:0])
   short = Curve(guess=1000)
   x = kept(5000)
   for seed in range(10):
     noise = np.random.default_rng(seed).normal(0, 0.01, len(x))
     with pytest.raises(NoBreakError):
-      dynamics.fit_smoothed(x, 20 * x**-0.2 * np.exp(noise), short)
+      deceleration.fit_smoothed(x, 20 * x**-0.2 * np.exp(noise), short)
   faster = Deceleration(20.0, 0.1, 0.2, math.log(1000), 0.3).loss(steps)
   with pytest.raises(NoBreakError, match='falls faster after step'):
-    dynamics.fit(steps, faster, short)
+    deceleration.fit(steps, faster, short)
   with pytest.raises(ValueError, match='has no logarithm'):
-    dynamics.fit(steps, np.where(steps == 7, np.nan, line), short)
+    deceleration.fit(steps, np.where(steps == 7, np.nan, line), short)
   with pytest.raises(ValueError, match='steps must grow'):
-    dynamics.fit(steps[::-1], line, short)
+    deceleration.fit(steps[::-1], line, short)
   with pytest.raises(ValueError, match='curve.ratio=1.0 must be > 1'):
     Curve(ratio=1.0)
 
 
 def test_interference_and_what_is_left_of_the_magnitude():
-  assert dynamics.interference([1.0, 2.0, 3.0]) == (0.0, 2.0, 2.0)
-  assert dynamics.interference([-1.0, -3.0]) == (0.0, 2.0, -2.0)
-  assert dynamics.interference([-2.0, 2.0]) == (1.0, 2.0, 0.0)
-  assert math.isnan(dynamics.interference([0.0, 0.0]).D)
+  assert interference.interference([1.0, 2.0, 3.0]) == (0.0, 2.0, 2.0)
+  assert interference.interference([-1.0, -3.0]) == (0.0, 2.0, -2.0)
+  assert interference.interference([-2.0, 2.0]) == (1.0, 2.0, 0.0)
+  assert math.isnan(interference.interference([0.0, 0.0]).D)
   rng = np.random.default_rng(0)
   for _ in range(20):
     changes = rng.normal(0.3, 1, rng.integers(2, 99))
-    D, M, change = dynamics.interference(changes)
+    D, M, change = interference.interference(changes)
     assert 0 <= D <= 1
     assert abs(change) == pytest.approx(M * (1 - D))
 
@@ -155,7 +164,7 @@ def test_gradients_by_coordinate_and_on_an_update():
   g[:, 7] = 0
   update = rng.normal(size=300)
   sums, absolutes = g.sum(0), np.abs(g).sum(0)
-  D, histogram = dynamics.gradient_interference(sums, absolutes)
+  D, histogram = interference.gradient_interference(sums, absolutes)
   each = [
     1 - abs(sum(g[:, j])) / sum(abs(g[:, j])) for j in range(300) if j != 7
   ]
@@ -164,15 +173,15 @@ def test_gradients_by_coordinate_and_on_an_update():
   assert histogram[10] == sum(0.1 <= 1 - x < 0.11 for x in each)
 
   p = g * update
-  got = dynamics.projections(sums, absolutes, update, p.sum(1))
+  got = interference.projections(sums, absolutes, update, p.sum(1))
   all_of_it = np.abs(p).sum()
   assert pytest.approx(np.abs(p.sum(0)).sum() / all_of_it) == got.Cg
   assert pytest.approx(np.abs(p.sum(1)).sum() / all_of_it) == got.Cug
   assert pytest.approx(abs(p.sum()) / np.abs(p.sum(0)).sum()) == got.CuG
   assert pytest.approx(abs(p.sum()) / np.abs(p.sum(1)).sum()) == got.Ci
   assert got.Ci == pytest.approx(got.Cg * got.CuG / got.Cug)
-  assert got.Ci == pytest.approx(1 - dynamics.interference(p.sum(1)).D)
-  still = dynamics.projections(sums, absolutes, 0 * update, 0 * p.sum(1))
+  assert got.Ci == pytest.approx(1 - interference.interference(p.sum(1)).D)
+  still = interference.projections(sums, absolutes, 0 * update, 0 * p.sum(1))
   assert all(map(math.isnan, still))
 
 
@@ -208,7 +217,7 @@ def folder_of(place, **changed):
 
 def test_files_are_read_and_reported(tmp_path):
   folder = folder_of(tmp_path / 'run')
-  run = dynamics_files.read(folder, Curve(guess=800))
+  run = files.read(folder, Curve(guess=800))
   assert run.family == 'ternary'
   # Smoothing delays the break a little.
   assert run.deceleration.t_d == pytest.approx(1100, rel=0.1)
@@ -224,23 +233,23 @@ def test_files_are_read_and_reported(tmp_path):
   want = np.corrcoef(there[64]['predicted'], after[:16])[0, 1]
   assert first.correlation == pytest.approx(want, rel=1e-4)
 
-  files = dynamics_report.write({'a': run, 'b': run}, tmp_path / 'out')
-  assert [file.name for file in files] == [
+  written = report.write({'a': run, 'b': run}, tmp_path / 'out')
+  assert [file.name for file in written] == [
     'dynamics.json', 'deceleration.png', 'deceleration.svg',
     'interference.png', 'interference.svg',
   ]  # fmt: skip
-  record = json.loads(files[0].read_text())['a']
+  record = json.loads(written[0].read_text())['a']
   assert record['deceleration']['t_d'] == run.deceleration.t_d
   assert record['checkpoints'][0]['one_step']['D'] == first.one_step.D
-  assert f'{first.gradient_D:.3f}' in dynamics_report.text(run)
+  assert f'{first.gradient_D:.3f}' in report.text(run)
 
 
 def test_a_run_too_short_is_reported_without_a_law(tmp_path):
-  run = dynamics_files.read(folder_of(tmp_path / 'run'), Curve(guess=7000))
+  run = files.read(folder_of(tmp_path / 'run'), Curve(guess=7000))
   assert run.deceleration is None
-  assert 'none: 140 of the steps' in dynamics_report.text(run)
-  files = dynamics_report.write({'a': run}, tmp_path / 'out')
-  assert json.loads(files[0].read_text())['a']['deceleration'] is None
+  assert 'none: 140 of the steps' in report.text(run)
+  written = report.write({'a': run}, tmp_path / 'out')
+  assert json.loads(written[0].read_text())['a']['deceleration'] is None
 
 
 NAN, ONES = np.full(32, np.nan, np.float32), np.ones(20, np.float32)
@@ -267,7 +276,7 @@ def test_files_that_are_not_what_they_should_be_are_named(name, tmp_path):
   changed, words = BAD[name]
   folder = folder_of(tmp_path / 'run', **changed)
   with pytest.raises(ValueError, match=words) as error:
-    dynamics_files.read(folder, Curve(guess=800))
+    files.read(folder, Curve(guess=800))
   assert str(folder) in str(error.value)
 
 
@@ -279,7 +288,7 @@ def test_damaged_files_and_those_that_claim_too_much(tmp_path):
   def refused(data, words):
     file.write_bytes(data)
     with pytest.raises(ValueError, match=words):
-      dynamics_files.read(folder, Curve(guess=800))
+      files.read(folder, Curve(guess=800))
 
   refused(whole[: len(whole) // 2], 'step_128.npz is damaged')
   # A terabyte, in a file of some kilobytes.
@@ -299,4 +308,4 @@ def test_damaged_files_and_those_that_claim_too_much(tmp_path):
   with pytest.raises(
     FileNotFoundError, match='`tritera dynamics RUN` measures'
   ):
-    dynamics_files.read(tmp_path)
+    files.read(tmp_path)

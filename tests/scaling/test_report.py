@@ -14,8 +14,9 @@ import numpy as np
 import pytest
 
 from tritera_jax import cli
-from tritera_jax.scaling import laws, report, runs
-from tritera_jax.scaling.analysis import Options
+from tritera_jax.scaling import laws, runs
+from tritera_jax.scaling.report import publish
+from tritera_jax.scaling.report.analysis import Options
 from tritera_jax.scaling.runs import Run
 
 # Spectra, Table 3: hidden, GLU, layers; 50277 tokens.
@@ -57,7 +58,7 @@ def written(tmp_path_factory):
   folder = tmp_path_factory.mktemp('law')
   runs.write(folder, table())
   out = folder / 'new' / 'report'
-  return out, report.write([folder], out, Options(draws=60))
+  return out, publish.write([folder], out, Options(draws=60))
 
 
 @pytest.fixture
@@ -138,14 +139,14 @@ def test_the_digest_is_the_table_s_whatever_its_order(
   written, constants, tmp_path, monkeypatch
 ):
   _, analysis = written
-  monkeypatch.setattr(report.analysis_lib, 'analyse', lambda *_: analysis)
-  monkeypatch.setattr(report, '_figures', lambda _: [])
+  monkeypatch.setattr(publish.analysis_lib, 'analyse', lambda *_: analysis)
+  monkeypatch.setattr(publish, '_figures', lambda _: [])
   rows = table()[::-1]
   for name, part in (('a', rows[:20]), ('b', rows[20:])):
     (tmp_path / name).mkdir()
     runs.write(tmp_path / name, part)
   places = [tmp_path / 'a', tmp_path / 'b' / 'runs.jsonl']
-  report.write(places, tmp_path / 'report')
+  publish.write(places, tmp_path / 'report')
   again = json.loads((tmp_path / 'report' / 'constants.json').read_text())
   assert again == constants
 
@@ -154,22 +155,22 @@ def test_a_report_is_replaced_whole_and_nothing_else_is(
   written, tmp_path, monkeypatch
 ):
   _, analysis = written
-  monkeypatch.setattr(report.analysis_lib, 'analyse', lambda *_: analysis)
-  monkeypatch.setattr(report, '_figures', lambda _: [])
+  monkeypatch.setattr(publish.analysis_lib, 'analyse', lambda *_: analysis)
+  monkeypatch.setattr(publish, '_figures', lambda _: [])
   runs.write(tmp_path, table()[:1])
   out = tmp_path / 'report'
-  report.write([tmp_path], out)
+  publish.write([tmp_path], out)
   (out / 'stale.png').write_text('of an older report')
 
   def breaks(*_):
     raise OSError('no space left')
 
   with monkeypatch.context() as patch:
-    patch.setattr(report.text, 'report', breaks)
+    patch.setattr(publish.text, 'report', breaks)
     with pytest.raises(OSError, match='no space'):
-      report.write([tmp_path], out)
+      publish.write([tmp_path], out)
   assert (out / 'stale.png').exists() and (out / 'report.md').exists()
-  report.write([tmp_path], out)
+  publish.write([tmp_path], out)
   names = sorted(path.name for path in tmp_path.rglob('*'))
   assert names == ['constants.json', 'report', 'report.md', 'runs.jsonl']
 
@@ -177,7 +178,7 @@ def test_a_report_is_replaced_whole_and_nothing_else_is(
   mine.mkdir()
   (mine / 'constants.json').write_text('{"pi": 3}')
   with pytest.raises(FileExistsError, match='is no report of ours: name ano'):
-    report.write([tmp_path], mine)
+    publish.write([tmp_path], mine)
   assert (mine / 'constants.json').read_text() == '{"pi": 3}'
 
 

@@ -80,10 +80,10 @@ def plan(args: list[str]):
 
 
 def scaling(args: list[str]):
-  from tritera_jax.scaling import report
-  from tritera_jax.scaling.analysis import Options
   from tritera_jax.scaling.costs import Serving
   from tritera_jax.scaling.plan import Budget
+  from tritera_jax.scaling.report import publish
+  from tritera_jax.scaling.report.analysis import Options
 
   def scaling(
     runs: Positional[tuple[Path, ...]],
@@ -102,7 +102,7 @@ def scaling(args: list[str]):
       budget: one more to plan for.
       out: folder for report.md, constants.json and pictures.
     """
-    report.write(runs, out, options, serving, budget)
+    publish.write(runs, out, options, serving, budget)
     print(out / 'report.md')
 
   tyro.cli(scaling, args=args, prog='tritera scaling')
@@ -110,7 +110,7 @@ def scaling(args: list[str]):
 
 def dynamics(args: list[str]):
   from tritera_jax.eval.interference import Tokens
-  from tritera_jax.scaling.dynamics import Curve
+  from tritera_jax.scaling.dynamics.deceleration import Curve
 
   def dynamics(
     run: Positional[Path],
@@ -129,15 +129,15 @@ def dynamics(args: list[str]):
       curve: how the training loss is fitted.
     """
     from tritera_jax.eval import interference
-    from tritera_jax.scaling import dynamics_files, dynamics_report
+    from tritera_jax.scaling.dynamics import files, report
 
     out = out or run / 'dynamics'
     bar = functools.partial(tqdm.tqdm, unit='checkpoint', leave=False)
     keep_compiled(run)
     interference.collect(run, out, tokens, progress=bar)
-    found = dynamics_files.read(out, curve)
-    print(dynamics_report.text(found))
-    for path in dynamics_report.write({run.name: found}, out):
+    found = files.read(out, curve)
+    print(report.text(found))
+    for path in report.write({run.name: found}, out):
       print(path)
 
   tyro.cli(dynamics, args=args, prog='tritera dynamics')

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Per-token losses and gradients at a run's checkpoints, written to files.
 
-`tritera_jax.scaling.dynamics_files` reads them.
+`tritera_jax.scaling.dynamics.files` reads them.
 
 A token's gradient is that of its own loss alone, to the float32 parameters of
 the blocks and the last norm: embedding and head are left out, as in arXiv

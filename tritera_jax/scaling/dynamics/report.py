@@ -11,12 +11,9 @@ from typing import Any
 import numpy as np
 
 from tritera_jax import pictures
-from tritera_jax.scaling.dynamics import (
-  Deceleration,
-  Interference,
-  Projections,
-)
-from tritera_jax.scaling.dynamics_files import Checkpoint, Dynamics
+from tritera_jax.scaling.dynamics.deceleration import Deceleration
+from tritera_jax.scaling.dynamics.files import Checkpoint, Dynamics
+from tritera_jax.scaling.dynamics.interference import Interference, Projections
 
 _LINES = '-', '--', ':', '-.'
 

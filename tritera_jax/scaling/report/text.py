@@ -4,11 +4,12 @@
 import dataclasses
 
 from tritera_jax.pictures import short
-from tritera_jax.scaling import families, markdown, plan, trust
-from tritera_jax.scaling.analysis import Analysis
+from tritera_jax.scaling import families, plan
 from tritera_jax.scaling.intervals import Interval
 from tritera_jax.scaling.plan import Choice
 from tritera_jax.scaling.readings import Readings
+from tritera_jax.scaling.report import markdown, trust
+from tritera_jax.scaling.report.analysis import Analysis
 
 _COUNTED = {'all': 'all', 'without_embeddings': 'without embeddings'}
 

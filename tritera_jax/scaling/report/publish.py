@@ -16,12 +16,13 @@ import shutil
 from typing import Any
 
 from tritera_jax import pictures
-from tritera_jax.scaling import analysis as analysis_lib
-from tritera_jax.scaling import figures, plan, text
+from tritera_jax.scaling import plan
 from tritera_jax.scaling import runs as runs_lib
-from tritera_jax.scaling.analysis import Analysis, Options
 from tritera_jax.scaling.costs import Serving
 from tritera_jax.scaling.plan import Budget
+from tritera_jax.scaling.report import analysis as analysis_lib
+from tritera_jax.scaling.report import figures, text
+from tritera_jax.scaling.report.analysis import Analysis, Options
 
 _FORMAT = 'tritera scaling report 1'
 _CONSTANTS = 'constants.json'

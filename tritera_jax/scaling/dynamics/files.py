@@ -25,13 +25,9 @@ import zipfile
 
 import numpy as np
 
-from tritera_jax.scaling import dynamics
-from tritera_jax.scaling.dynamics import (
-  Curve,
-  Deceleration,
-  Interference,
-  Projections,
-)
+from tritera_jax.scaling.dynamics import deceleration, interference
+from tritera_jax.scaling.dynamics.deceleration import Curve, Deceleration
+from tritera_jax.scaling.dynamics.interference import Interference, Projections
 
 FAMILIES = 'ternary', 'binary', 'float'
 
@@ -118,15 +114,15 @@ def read(folder: str | Path, curve: Curve = Curve()) -> Dynamics:
       f'{folder}/training.npz: family={family!r} is none of {FAMILIES}'
     )
   try:
-    kept, means = dynamics.smoothed(
+    kept, means = deceleration.smoothed(
       training['steps'], training['losses'], curve
     )
   except ValueError as error:
     raise ValueError(f'{folder}/training.npz: {error}') from None
   law, why = None, ''
   try:
-    law = dynamics.fit_smoothed(kept, means, curve)
-  except dynamics.NoBreakError as error:
+    law = deceleration.fit_smoothed(kept, means, curve)
+  except deceleration.NoBreakError as error:
     why = str(error)
   return Dynamics(
     family,
@@ -157,7 +153,7 @@ def _checkpoints(folder: Path) -> tuple[Checkpoint, ...]:
           f'{places[step]} has losses of {len(losses)} tokens, that of step '
           f'{before[0]} of {len(before[1])}; measure both alike'
         )
-      doubling = dynamics.interference(losses - before[1])
+      doubling = interference.interference(losses - before[1])
       found[-1] = dataclasses.replace(found[-1], doubling=doubling)
     found.append(_checkpoint(step, arrays))
     before = step, losses
@@ -168,15 +164,15 @@ def _checkpoint(step: int, arrays: dict[str, np.ndarray]) -> Checkpoint:
   sums, absolutes = arrays['gradient_sums'], arrays['gradient_absolutes']
   predicted = arrays['predicted'].astype(np.float64)
   changes = arrays['losses_after'].astype(np.float64) - arrays['losses']
-  gradients = dynamics.gradient_interference(sums, absolutes)
+  gradients = interference.gradient_interference(sums, absolutes)
   return Checkpoint(
     step,
     float(arrays['losses'].mean(dtype=np.float64)),
-    dynamics.interference(changes),
+    interference.interference(changes),
     None,
     gradients.D,
     tuple(gradients.histogram.tolist()),
-    dynamics.projections(sums, absolutes, arrays['update'], predicted),
+    interference.projections(sums, absolutes, arrays['update'], predicted),
     _correlation(predicted, changes[: len(predicted)]),
   )
 

@@ -5,8 +5,8 @@ import math
 
 import numpy as np
 
-from tritera_jax.scaling import markdown
-from tritera_jax.scaling.analysis import Analysis
+from tritera_jax.scaling.report import markdown
+from tritera_jax.scaling.report.analysis import Analysis
 
 
 def doubts(analysis: Analysis, family: str) -> list[str]:
