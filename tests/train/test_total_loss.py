@@ -5,11 +5,15 @@ import functools
 
 import jax
 import jax.numpy as jnp
+from jax.sharding import NamedSharding
+from jax.sharding import PartitionSpec as P
 import numpy as np
 import pytest
 
 from tritera_jax.model import decoder
 from tritera_jax.model.config import ModelConfig
+from tritera_jax.parallel import mesh as mesh_lib
+from tritera_jax.parallel.mesh import MeshConfig
 from tritera_jax.train import loss
 
 B, T = 2, 37
@@ -42,6 +46,22 @@ def test_chunks_have_the_losses_of_the_whole(model, tokens):
   most = tokens * B * CONFIG.padded_vocab_size
   got = losses(model, x_BTD, targets_BT, most)
   np.testing.assert_allclose(got, log_z - target, rtol=2e-5)
+
+
+def test_chunks_of_a_sequence_that_a_mesh_splits(model):
+  B, T = 2, 40
+  draw = np.random.default_rng(0)
+  x_BTD = draw.normal(size=(B, T, 16)).astype(np.float32)
+  targets_BT = draw.integers(0, 1000, (B, T)).astype(np.int32)
+  want = losses(model, x_BTD, targets_BT, 2**30)
+  config = MeshConfig(data=2, fsdp=1, context=2)
+  mesh = mesh_lib.make_mesh(config, jax.devices()[:4])
+  with jax.set_mesh(mesh):
+    x_BTD, targets_BT = jax.device_put(
+      (x_BTD, targets_BT), NamedSharding(mesh, P('data', 'context'))
+    )
+    got = losses(model, x_BTD, targets_BT, 5 * CONFIG.padded_vocab_size)
+  np.testing.assert_allclose(got, want, rtol=2e-6)
 
 
 def test_a_program_has_room_for_a_chunk_of_logits(model):
