@@ -261,7 +261,7 @@ def write_experiment(
     'experiment': json.loads(text),
     'digest': hashlib.sha256(text.encode()).hexdigest(),
     'sources': list(sources),
-    'commit': _git_commit(),
+    'commit': git_commit(),
     'versions': {name: importlib.metadata.version(name) for name in _PACKAGES},
     'devices': f'{jax.device_count()} x {jax.devices()[0].device_kind}',
   } | ({'before': before} if before else {})
@@ -385,7 +385,7 @@ def differences(there: dict, here: dict, prefix: str = '') -> list[str]:
   return found
 
 
-def _git_commit() -> str | None:
+def git_commit() -> str | None:
   """The commit of the code, with '+' if the tree was changed; None if none."""
   here = Path(__file__).parent
 

@@ -3,6 +3,7 @@
 
 import functools
 from pathlib import Path
+import shlex
 import sys
 from typing import Annotated, Literal
 
@@ -14,47 +15,104 @@ from tritera_jax.cli.arguments import BARE
 
 
 def evaluate(args: list[str]):
+  from tritera_kernels.fused import CacheType
   from tritera_kernels.matmul import Activations
+
+  bar = functools.partial(tqdm.tqdm, unit='batch', leave=False)
 
   def evaluate(
     path: Positional[Path],
     data: str | None = None,
     split: str = 'validation',
+    text: tuple[str, ...] = (),
+    text_field: str = 'text',
     sequence_length: int | None = None,
     stride: int | None = None,
+    tasks: str | None = None,
+    include: Path | None = None,
+    limit: int | None = None,
+    shots: int | None = None,
+    samples: bool = False,
+    out: Path | None = None,
     batch_size: int = 16,
     activations: Activations | None = None,
+    cache: CacheType | None = None,
     baselines: bool = False,
   ):
-    """Loss of a run or a packed model on a split of a dataset.
+    """Loss of a run or a packed model on a split of a dataset, or on text; or
+    its scores in tasks of lm-eval.
 
     Args:
       path: run folder or packed folder.
       data: dataset folder or bucket URL; default: the run's own.
       split: of the dataset.
+      text: files or folders of text to score, not a dataset.
+      text_field: of JSON lines and Parquet files: where they have the text.
       sequence_length: tokens a window; default: the model's context.
       stride: tokens scored a window; default: half a window.
-      batch_size: windows at once.
+      tasks: names of lm-eval tasks, with commas between them; paper: those of
+        Spectra.
+      include: folder with YAML files of tasks of your own.
+      limit: items a task; default: all.
+      shots: examples before each item; default: as the task has them.
+      samples: write every item and its answer to --out, too.
+      out: JSON file for the results of tasks.
+      batch_size: windows at once, or rows.
       activations: of a packed model: float, bfloat16 or int8; default: its
         record's.
-      baselines: also gzip, xz and a unigram model on the same text.
+      cache: of a packed model, for tasks: bfloat16, int8 or float32, which
+        scores as the latents do; default: bfloat16.
+      baselines: also gzip, xz and a unigram model on the same split.
     """
     from tritera_jax.eval import baselines as baselines_lib
-    from tritera_jax.eval import perplexity
+    from tritera_jax.eval import harness, perplexity
+    from tritera_jax.eval import text as text_lib
 
-    data = data or perplexity.default_data(path)
-    print(
-      perplexity.evaluate(
+    sources = {'--data': data, '--text': text, '--tasks': tasks}
+    given = [name for name, value in sources.items() if value]
+    if len(given) > 1:
+      raise ValueError(f'{" and ".join(given)}: one at a time')
+    of_tasks = {
+      '--include': include,
+      '--limit': limit,
+      '--shots': shots,
+      '--samples': samples,
+      '--out': out,
+      '--cache': cache,
+    }
+    stray = [name for name, value in of_tasks.items() if value]
+    if stray and not tasks:
+      raise ValueError(f'{", ".join(stray)}: only with --tasks')
+    if tasks:
+      record = harness.evaluate(
         path,
-        data,
-        split=split,
-        sequence_length=sequence_length,
-        stride=stride,
+        tasks.split(','),
+        include=include,
+        limit=limit,
+        shots=shots,
         batch_size=batch_size,
         activations=activations,
-        progress=functools.partial(tqdm.tqdm, unit='batch', leave=False),
+        cache=cache,
+        samples=samples,
+        command=shlex.join(['tritera', 'eval', *args]),
       )
-    )
+      print(harness.table(record))
+      if out is not None:
+        harness.write(record, out)
+        print(out)
+      return
+    windows = {
+      'sequence_length': sequence_length,
+      'stride': stride,
+      'batch_size': batch_size,
+      'activations': activations,
+      'progress': bar,
+    }
+    if text:
+      print(text_lib.evaluate(path, text, text_field=text_field, **windows))
+      return
+    data = data or perplexity.default_data(path)
+    print(perplexity.evaluate(path, data, split=split, **windows))
     if baselines:
       for name, bits in baselines_lib.all_baselines(data, split).items():
         print(f'{name}: {bits:.4f} bits/byte')

@@ -14,7 +14,7 @@ from collections.abc import Iterator, Sequence
 import sys
 
 import grain
-from jaxtyping import Float, Int32
+from jaxtyping import Float, Int32, Integer
 import numpy as np
 
 from tritera_jax.data import mixture, shards
@@ -23,6 +23,12 @@ from tritera_jax.data.shards import TokenSource
 
 _READERS = 4  # threads: reading is latency, not work
 _ALONE: Schedule = ((0, (1,)),)  # of one source
+
+Windows = tuple[
+  Int32[np.ndarray, 'W T'],
+  Int32[np.ndarray, 'W T'],
+  Float[np.ndarray, 'W T'],
+]
 
 
 class _Batches:
@@ -162,17 +168,8 @@ def windows(
   sequence_length: int,
   stride: int,
   limit_tokens: int | None = None,
-) -> tuple[
-  Int32[np.ndarray, 'W T'],
-  Int32[np.ndarray, 'W T'],
-  Float[np.ndarray, 'W T'],
-]:
-  """Inputs, targets and weights that score every token of a split once.
-
-  The text is preceded by an end-of-text token, so that its first token is a
-  target too. Windows advance by `stride`; of each, the last `stride` targets
-  have weight 1 (all of the first window's), the others 0: a scored token sees
-  at least T - stride tokens before it.
+) -> Windows:
+  """The windows of a split: see `windows_of`.
 
   Args:
     source: the split.
@@ -183,14 +180,44 @@ def windows(
   Raises:
     ValueError: the stride is not from 1 to T.
   """
+  return windows_of(
+    source.read(0, min(source.tokens, limit_tokens or source.tokens)),
+    source.manifest.end_of_text,
+    sequence_length,
+    stride,
+  )
+
+
+def windows_of(
+  ids: Integer[np.ndarray, ' n'],
+  end_of_text: int,
+  sequence_length: int,
+  stride: int,
+) -> Windows:
+  """Inputs, targets and weights that score every token of a text once.
+
+  The text is preceded by an end-of-text token, so that its first token is a
+  target too. Windows advance by `stride`; of each, the last `stride` targets
+  have weight 1 (all of the first window's), the others 0: a scored token sees
+  at least T - stride tokens before it.
+
+  Args:
+    ids: the text.
+    end_of_text: id.
+    sequence_length: T.
+    stride: from 1 to T.
+
+  Raises:
+    ValueError: the stride is not from 1 to T.
+  """
   T = sequence_length
   if not 1 <= stride <= T:
     raise ValueError(f'stride={stride} must lie in 1..sequence_length={T}')
-  total = min(source.tokens, limit_tokens or source.tokens)
+  total = len(ids)
   count = 1 + max(0, -(-(total - T) // stride))
   text = np.zeros(1 + T + (count - 1) * stride, np.int32)
-  text[0] = source.manifest.end_of_text
-  text[1 : 1 + total] = source.read(0, total)
+  text[0] = end_of_text
+  text[1 : 1 + total] = ids
   index_WT = np.arange(count)[:, None] * stride + np.arange(T)
   weights_WT = (index_WT < total).astype(np.float32)
   weights_WT[1:, : T - stride] = 0

@@ -34,6 +34,10 @@ class HeldOutLoss:
     return self.nats / self.tokens
 
   @property
+  def perplexity(self) -> float:
+    return math.exp(self.nats_per_token)
+
+  @property
   def bits_per_byte(self) -> float:
     return self.nats / math.log(2) / self.bytes
 
@@ -89,7 +93,7 @@ def evaluate(
   return held_out_loss(
     loaded.model,
     source,
-    sequence_length=sequence_length or loaded.model.config.context_length,
+    sequence_length=sequence_length,
     stride=stride,
     batch_size=batch_size,
     progress=progress,
@@ -117,7 +121,7 @@ def held_out_loss(
   model: LanguageModel,
   source: TokenSource,
   *,
-  sequence_length: int,
+  sequence_length: int | None = None,
   stride: int | None = None,
   batch_size: int = 16,
   progress=iter,
@@ -127,7 +131,7 @@ def held_out_loss(
   Args:
     model: latent, effective or packed.
     source: the split.
-    sequence_length: tokens a window sees, at most the model's context.
+    sequence_length: tokens a window sees; default: the model's context.
     stride: tokens a window advances by, and scores; default: half a window,
       so that a token sees at least half a window before it.
     batch_size: windows at once.
@@ -160,11 +164,24 @@ def head_loss(
   return nats / float(windows[2].sum())
 
 
-def _windows(model, source, sequence_length, stride, limit_tokens=None):
-  if sequence_length > model.config.context_length:
+def window_sizes(
+  model: LanguageModel, sequence_length: int | None, stride: int | None
+) -> tuple[int, int]:
+  """Tokens of a window, and how many it advances by, defaults filled in.
+
+  Raises:
+    ValueError: sequence_length exceeds the context.
+  """
+  context = model.config.context_length
+  length = sequence_length or context
+  if length > context:
     raise ValueError(
-      f'sequence_length={sequence_length} exceeds the context_length='
-      f'{model.config.context_length} of the model'
+      f'sequence_length={length} exceeds the context_length={context} of the '
+      'model'
     )
-  stride = stride or max(1, sequence_length // 2)
-  return loader.windows(source, sequence_length, stride, limit_tokens)
+  return length, stride or max(1, length // 2)
+
+
+def _windows(model, source, sequence_length, stride, limit_tokens=None):
+  sizes = window_sizes(model, sequence_length, stride)
+  return loader.windows(source, *sizes, limit_tokens)
