@@ -92,7 +92,7 @@ def test_orbax_and_back(dtype, tiny_run, tmp_path):
     made.append(
       (
         pack.latent_fingerprint(experiment.model, params),
-        list(pack._named_codes(experiment.model, params)),
+        list(pack.matrices(experiment.model, params)),
       )
     )
   (before, latent), (after, again) = made

@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float32, Int8
+from jaxtyping import Float32, Int8
 import numpy as np
 
 from tritera_jax.checkpoint import packed_file, restore
@@ -25,8 +25,8 @@ class Matrix(NamedTuple):
   """A ternary or binary matrix by its name in a packed file."""
 
   name: str
-  codes_NK: Int8[Array | np.ndarray, 'N K']
-  scale_S: Float32[Array | np.ndarray, ' S']
+  codes_NK: Int8[np.ndarray, 'N K']
+  scale_S: Float32[np.ndarray, ' S']
   axis: ScaleAxis
 
 
@@ -40,14 +40,16 @@ def matrices(config: ModelConfig, params: Params) -> Iterator[Matrix]:
     config, params
   )
   for layer in range(config.layers):
-    for linear, (codes_LKN, scale_LS) in stacked.items():
-      name, scale_S = f'layers.{layer}.{linear}', scale_LS[layer]
-      if not bool(jnp.isfinite(scale_S).all()):
+    for linear, spec in config.linears.items():
+      name = f'layers.{layer}.{linear}'
+      codes_LKN, scale_LS = stacked[linear]
+      scale_S = np.asarray(scale_LS[layer])
+      if not np.isfinite(scale_S).all():
         raise ValueError(
           f'{name} has scale {scale_S}: its latents are not finite'
         )
-      axis = config.linears[linear].scale_axis
-      yield Matrix(name, codes_LKN[layer].T, scale_S, axis)
+      codes_NK = np.asarray(codes_LKN[layer]).T
+      yield Matrix(name, codes_NK, scale_S, spec.scale_axis)
 
 
 def latent_fingerprint(config: ModelConfig, params: Params) -> str:
@@ -83,7 +85,12 @@ def pack_model(
     )
   packed_file.check_expressible(config, activations)
   made = {
-    name: packed.pack(codes_NK, scale_S, format=format, scale_axis=axis)
+    name: packed.pack(
+      jnp.asarray(codes_NK),
+      jnp.asarray(scale_S),
+      format=format,
+      scale_axis=axis,
+    )
     for name, codes_NK, scale_S, axis in matrices(config, params)
   }
   return PackedModel(

@@ -25,10 +25,7 @@ def ternary_matrices(config: ModelConfig, params: Params) -> dict[str, Matrix]:
   """Every matrix by name; none of a FloatLM."""
   if config.family == 'float':
     return {}
-  return {
-    name: Matrix(name, np.asarray(codes_NK), np.asarray(scale_S), axis)
-    for name, codes_NK, scale_S, axis in pack.matrices(config, params)
-  }
+  return {matrix.name: matrix for matrix in pack.matrices(config, params)}
 
 
 class Planned(NamedTuple):
@@ -141,9 +138,8 @@ def _matrix_type(
     if kind not in BLOCK_TYPES:
       return kind
     try:
-      gguf_blocks.spread_scales(
-        kind, matrix.codes_NK.shape, matrix.scale_S, matrix.axis
-      )
+      N, K = matrix.codes_NK.shape
+      gguf_blocks.spread_scales(kind, (N, K), matrix.scale_S, matrix.axis)
       return kind
     except ValueError as error:
       problems.append(str(error))
@@ -166,7 +162,7 @@ def _blocks(matrix: Matrix, order: np.ndarray, kind: BlockType) -> np.ndarray:
 
 def _dense(matrix: Matrix, order: np.ndarray) -> Float32[np.ndarray, 'N K']:
   """Scale times code."""
-  codes_NK, scale_S, axis = matrix
+  _, codes_NK, scale_S, axis = matrix
   along = np.repeat(scale_S, codes_NK.shape[axis == 'in'] // len(scale_S))
   dense_NK = codes_NK * (along[:, None] if axis == 'out' else along)
   return dense_NK[order]

@@ -134,10 +134,7 @@ def export(
   )
   proof = ''
   if matrices:
-    proof = fingerprint.trit_fingerprint(
-      (name, matrix.codes_NK, matrix.scale_S, matrix.axis)
-      for name, matrix in matrices.items()
-    )
+    proof = fingerprint.trit_fingerprint(matrices.values())
 
   file.parent.mkdir(parents=True, exist_ok=True)
   partial = file.with_name(f'{file.name}.partial')

@@ -106,7 +106,7 @@ def verify(a: str | Path, b: str | Path, *, progress=iter) -> Same:
       f'neither {a} nor {b} says how many scales a matrix has; compare each '
       'with the checkpoint that it was made of'
     )
-  kept = max(first.kept, second.kept, key=_KEPT.index)
+  kept = _KEPT[max(_KEPT.index(first.kept), _KEPT.index(second.kept))]
   weights, matrices = 0, []
   pairs = itertools.zip_longest(
     first.read(first.config or config), second.read(second.config or config)
@@ -198,8 +198,7 @@ def open_artefact(path: str | Path) -> Artefact:
 
 def _run(path: Path) -> Iterator[Matrix]:
   experiment, params = restore.restore_params(path)
-  for name, codes_NK, scale_S, axis in pack.matrices(experiment.model, params):
-    yield Matrix(name, np.asarray(codes_NK), np.asarray(scale_S), axis)
+  yield from pack.matrices(experiment.model, params)
 
 
 def _packed(model: packed_file.PackedModel) -> Iterator[Matrix]:
@@ -208,7 +207,8 @@ def _packed(model: packed_file.PackedModel) -> Iterator[Matrix]:
       name = f'layers.{layer}.{linear}'
       matrix = model.matrices[name]
       codes_NK, scale_S = map(np.asarray, packed.unpack(matrix))
-      yield Matrix(name, codes_NK, scale_S, matrix.scale_axis)
+      axis = model.config.linears[linear].scale_axis
+      yield Matrix(name, codes_NK, scale_S, axis)
 
 
 def _huggingface(folder: Path) -> Artefact:
