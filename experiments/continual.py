@@ -19,6 +19,16 @@ under the infinite schedule (arXiv 2503.02844) or under cosines:
             tritera train experiments/continual.py:infinite --data.path A \
               --data.mixture A 1 B 0 --mesh.fsdp -1
 
+What the mini said (seed 0, 2 threads of an AMD EPYC Zen 4, 2026-11-22), nats a
+token held out of A and of B:
+
+  infinite    4.484  2.902        rewarmed  5.397  2.747
+  annealed_a  2.783  4.643        scratch   2.707  3.042
+  cosine_a    2.722  4.603
+
+The constant rate keeps more of A, as claimed; on B it is behind by 0.16, which
+is not. One seed, and B is half a megabyte.
+
 The mini's A is the standard library's code, its B the language's manual, which
 Python brings along (pydoc_data): 0.5 MB, read some twice. The paper replays 5 %
 of A beside B; here B comes alone, unless data.reweighted says otherwise.

@@ -13,16 +13,16 @@ order, the same rate, constant after warm-up as there.
               steps           t_d       L_d          r_d     c0 before it
               TriLM   4096  701+-37  3.972+-.028  .084+-.003  .158+-.003
                       2048  704+-53  3.968+-.047  .083+-.009  .158+-.004
-              FloatLM 2059  846+-48  4.007+-.031  .095+-.006  .150+-.002
-            (FloatLM was stopped there for want of time; the rate is constant.)
-            RSLE .008, .008, .009; without a break .021, .015, .013.
+              FloatLM 4096  835+-43  4.015+-.027  .097+-.002  .150+-.002
+                      2059  846+-48  4.007+-.031  .095+-.006  .150+-.002
+            RSLE .008, .008, .009, .009; without a break .021, .015, .017, .013.
             D of held-out losses over a doubling of the steps rises ahead of
             the break: TriLM's from .36 at step 64 to .80 at 512, FloatLM's
             from .43 to .74, while M stays at 1 nat. D of 256 tokens' gradients
             falls to .85 at steps 128 to 256 and rises to .88 and .87 by 512;
             of independent ones it would be .94.
             What gradients predict of an update follows what tokens gain by it
-            with a correlation of .92 or more in FloatLM from step 64 on. In
+            with a correlation of .92 or more in FloatLM from step 64 to 2,048. In
             TriLM, whose gradients are straight-through, it is .88 to .94 until
             step 512 and .46 to .63 after the break.
   command   tritera prepare stdlib data/quickstart --vocab-size 4096

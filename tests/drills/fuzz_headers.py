@@ -25,6 +25,7 @@ import safetensors.numpy
 import tqdm
 import tyro
 
+from tests.drills import fuzz_gguf
 from tritera_jax.interop import safetensors_file
 from tritera_jax.interop.safetensors_file import TensorFiles
 
@@ -134,6 +135,9 @@ def read_folder(path: Path):
 READERS = {
   'safetensors': Reader(make_file, damage_file, read_file),
   'index': Reader(make_folder, damage_folder, read_folder),
+  'gguf': Reader(
+    fuzz_gguf.make_file, fuzz_gguf.damage_file, fuzz_gguf.read_file
+  ),
 }
 
 

@@ -13,7 +13,7 @@ VERBS = {
   'prepare': (training.prepare, 'text to a tokenizer and token shards'),
   'train': (training.train, 'train an experiment; again: resume it'),
   'sweep': (training.sweep, 'train and score all experiments of a file'),
-  'eval': (models.evaluate, 'loss on held-out text'),
+  'eval': (models.evaluate, 'loss on held-out or any text, scores in tasks'),
   'pack': (models.pack, 'ternary weights to 2 or 1.6 bits'),
   'quantize': (models.quantize, "a FloatLM's weights to 8..2 bits"),
   'import': (interchange.import_run, 'a Hugging Face checkpoint to a run'),

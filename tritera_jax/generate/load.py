@@ -50,6 +50,11 @@ def load(
     ValueError: damaged or unfit content, or an argument of the other kind.
   """
   path = Path(path)
+  if (path / 'config.json').exists():
+    raise ValueError(
+      f'{path} is a Hugging Face checkpoint: tritera import {path} --out RUN '
+      'makes a run of it'
+    )
   tokenizer = tokenizer_lib.load_tokenizer(path / 'tokenizer.json')
   if (path / 'model.safetensors').exists():
     if step is not None:
