@@ -42,8 +42,8 @@ embedding has at first, and the less a step changes weights, the longer it lasts
 That is why the minis begin with grid.py's weights, of 0.065. A BitNet trained
 for 480 steps says nothing of one trained for 100B tokens.
 
-All have TriLM's scale, 1e-5 + mean|W|; BitNet's is `model.scale_floor`. Peak rates and warm-up are
-TriLM's for all three.
+All have TriLM's scale, 1e-5 + mean|W|; BitNet's is `model.scale_floor`. Peak
+rates and warm-up are TriLM's for all three.
 """
 
 import dataclasses

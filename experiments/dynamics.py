@@ -22,7 +22,7 @@ order, the same rate, constant after warm-up as there.
             falls to .85 at steps 128 to 256 and rises to .88 and .87 by 512;
             of independent ones it would be .94.
             What gradients predict of an update follows what tokens gain by it
-            with a correlation of .92 or more in FloatLM from step 64 to 2,048. In
+            with a correlation of .92 or more in FloatLM, steps 64 to 2,048. In
             TriLM, whose gradients are straight-through, it is .88 to .94 until
             step 512 and .46 to .63 after the break.
   command   tritera prepare stdlib data/quickstart --vocab-size 4096
