@@ -183,6 +183,7 @@ def zeros(config) -> dict[str, gguf_plan.Matrix]:
   S = config.scale_blocks
   return {
     place.name: gguf_plan.Matrix(
+      place.name,
       np.zeros(config.linears[place.linear][1::-1], np.int8),
       np.ones(S, np.float32),
       config.linears[place.linear].scale_axis,
@@ -201,7 +202,7 @@ def planned(config, matrices, types='tq2_0', otherwise=None, floats='f16'):
 @pytest.mark.parametrize(
   'leaf, value, message',
   [
-    ('layers mlp up kernel', np.nan, 'layers.0.mlp.up has scales .* finite'),
+    ('layers mlp up kernel', np.nan, 'layers.0.mlp.up has scale .* finite'),
     ('layers mlp up kernel', 1e6, "mlp.up: scale .* give types='f32'"),
     ('head kernel', np.inf, 'head holds inf'),
     ('embed embedding', 1e5, "embed holds 100000, past float16's"),
