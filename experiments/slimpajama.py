@@ -7,8 +7,8 @@ of its own, drawn in the shares of the paper's 300B-token sample (arXiv
 
   machine   to prepare: any with 4 TB; hosts share the work (--host, --hosts).
             To train: as spectra.py. The mini: 2 CPU cores
-  expected  as spectra.py: TriLM 99M 3.30, FloatLM 99M 2.99 nats a token at 300B;
-            the mini 4.165 after 480 steps (a check of the path, no more)
+  expected  as spectra.py: TriLM 99M 3.30, FloatLM 99M 2.99 nats a token at
+            300B; the mini 4.165 after 480 steps (a check of the path, no more)
   command   python experiments/slimpajama.py split SLIMPAJAMA text
             for s in commoncrawl c4 github book arxiv wikipedia stackexchange
             do
