@@ -245,6 +245,7 @@ def restore_params(
   Raises:
     FileNotFoundError: not a run folder, or it has no such checkpoint.
     ValueError: the checkpoint does not fit the run's experiment.
+    DamagedError: it cannot be read, or is not what was saved.
   """
   experiment = save.read_experiment(folder)
   device = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
@@ -256,6 +257,8 @@ def restore_params(
     params = _restore(
       checkpoints, wanted, experiment.model, {'params': target}
     )['params']
+    digests = _restored(checkpoints, wanted, digests=ocp.args.JsonRestore())
+    _check_digest(checkpoints, wanted, 'params', params, digests['digests'])
   return experiment, params
 
 

@@ -54,9 +54,15 @@ def export(args: list[str]):
   kinds = {'hf': _export_hf, 'gguf': _export_gguf}
   # Each kind has options of its own, and tells them.
   chooser = argparse.ArgumentParser(
-    'tritera export', add_help=False, allow_abbrev=False
+    'tritera export RUN --out PATH',
+    add_help=False,
+    allow_abbrev=False,
+    epilog='--to hf --help and --to gguf --help tell their options',
   )
   chooser.add_argument('--to', choices=kinds, required=True)
+  if '--to' not in args and {'-h', '--help'} & set(args):
+    chooser.print_help()
+    return
   chosen, rest = chooser.parse_known_args(args)
   kinds[chosen.to](rest)
 
@@ -105,6 +111,7 @@ def _export_gguf(args: list[str]):
     step: int | None = None,
     pre: gguf_tokenizer.Pre | None = None,
     sample: Path | None = None,
+    end: str | None = None,
     licence: str | None = None,
   ):
     """Writes a run as a GGUF file that llama.cpp runs.
@@ -120,6 +127,8 @@ def _export_gguf(args: list[str]):
       step: which checkpoint; default: the newest.
       pre: llama.cpp's rule for cutting text, where none is the tokenizer's own.
       sample: text on which to try pre; default: held-out text of the run's.
+      end: token that ends a document; default: <|endoftext|>,
+        <|end_of_text|> or </s>.
       licence: of the model, such as apache-2.0.
     """
     print(
@@ -133,6 +142,7 @@ def _export_gguf(args: list[str]):
         step=step,
         pre=pre,
         sample=sample,
+        end=end,
         licence=licence,
       )
     )

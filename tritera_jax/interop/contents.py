@@ -18,6 +18,7 @@ from tritera_jax.ternary.quantize import ScaleAxis
 Weights = Literal['ternary', 'latents', 'float']
 Dtype = Literal['float32', 'bfloat16']
 
+_FEW = 32  # magnitudes
 _FLOATS = ('F64', 'F32', 'F16', 'BF16')
 
 
@@ -141,6 +142,8 @@ def decide(
       "'bitlinear', for packed bytes (U8); set 'autobitlinear' if values times "
       'weight_scale are meant'
     )
+  elif found is None and described.model.family == 'ternary':
+    found = 'ternary'  # so it says of itself: what is not is refused
   elif found is None:
     found = _looks(files, described, linears)
   if wanted is None or wanted == found:
@@ -172,6 +175,10 @@ def _looks(
         values_NK, *blocks(described.model, tensor), tensor.theirs
       )
     except matrices.NotTernaryError:
+      # Trained floats have thousands; these are ternary ones that are damaged,
+      # or in other blocks than config.json says.
+      if len(np.unique(np.abs(values_NK))) <= _FEW < values_NK.size / 4:
+        raise
       return 'float'
     return 'ternary'
   return 'float'

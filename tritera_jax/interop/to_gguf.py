@@ -85,7 +85,7 @@ def export(
   step: int | None = None,
   pre: gguf_tokenizer.Pre | None = None,
   sample: str | Path | None = None,
-  end: str = tokenizer_lib.END_OF_TEXT,
+  end: str | None = None,
   name: str | None = None,
   licence: str | None = None,
 ) -> ExportReport:
@@ -102,7 +102,8 @@ def export(
     pre: llama.cpp's rule for cutting text, where none is the tokenizer's own.
     sample: a text file on which to try `pre`; default: held-out text of the
       run's dataset.
-    end: the token that ends a document.
+    end: the token that ends a document; default: as
+      `data.tokenizer.end_of_text_id` finds it.
     name: of the model; default: the folder's.
     licence: of the model, such as 'apache-2.0'.
 
@@ -120,6 +121,7 @@ def export(
   config = experiment.model
   architecture = check_expressible(config)
   tokenizer = tokenizer_lib.load_tokenizer(run / 'tokenizer.json')
+  begin = _begin(tokenizer)
   words, rule, remarks = _tokenizer(
     config, tokenizer, pre, end, sample, experiment.data.path
   )
@@ -141,7 +143,7 @@ def export(
   writer = gguf.GGUFWriter(partial, architecture)
   try:
     _add_model(writer, config, types, name or run.resolve().name, licence)
-    _add_tokenizer(writer, words, rule)
+    _add_tokenizer(writer, words, rule, begin)
     _add_ours(writer, config, step, proof, matrices)
     _write_tensors(writer, plan)
     writer.close()
@@ -210,16 +212,25 @@ def _tokenizer(
   config: ModelConfig,
   tokenizer: Any,
   pre: gguf_tokenizer.Pre | None,
-  end: str,
+  end: str | None,
   sample: str | Path | None,
   data: str,
 ) -> tuple[gguf_tokenizer.Vocabulary, str, list[str]]:
   """What the file says of tokens, its rule for text, and remarks."""
-  end_id = tokenizer.token_to_id(end)
+  if end is None:
+    end_id = tokenizer_lib.end_of_text_id(tokenizer)
+  else:
+    end_id = tokenizer.token_to_id(end)
   if end_id is None:
     raise ValueError(
       f'end={end!r} is no token of the tokenizer; name the one that ends a '
       'document'
+    )
+  remarks = []
+  if tokenizer.normalizer is not None:
+    remarks.append(
+      'its tokenizer normalises text first, llama.cpp does not: give it text '
+      'in that form'
     )
   words = gguf_tokenizer.vocabulary(tokenizer, config.padded_vocab_size, end_id)
   exact = gguf_tokenizer.exact_rule(tokenizer)
@@ -234,20 +245,18 @@ def _tokenizer(
     raise ValueError(f'pre={pre!r} is none of {rules}')
   if pre is None or pre == exact:
     assert exact is not None
-    return words, exact, []
+    return words, exact, remarks
   text = _sample(sample, data)
   remark = f'pre={pre} is not how this tokenizer cuts text'
   if text is None:
-    return words, pre, [f'{remark}; by how much: name a text with sample']
-  share = gguf_tokenizer.agreement(tokenizer, pre, text)
-  return (
-    words,
-    pre,
-    [
+    remarks.append(f'{remark}; by how much: name a text with sample')
+  else:
+    share = gguf_tokenizer.agreement(tokenizer, pre, text)
+    remarks.append(
       f'{remark}: {100 * share:.1f} % of the tokens of {len(text):,} '
       f'characters of {sample or data} are the same there'
-    ],
-  )
+    )
+  return words, pre, remarks
 
 
 def _sample(sample: str | Path | None, data: str) -> str | None:
@@ -285,17 +294,36 @@ def _add_model(
   writer.add_layer_norm_rms_eps(config.norm_eps)
 
 
-def _add_tokenizer(writer: Any, words: gguf_tokenizer.Vocabulary, pre: str):
+def _begin(tokenizer: Any) -> int | None:
+  """The token that the tokenizer puts before every text, if it does."""
+  empty, some = tokenizer.encode('').ids, tokenizer.encode('a').ids
+  if not empty:
+    return None
+  if len(empty) > 1 or some[0] != empty[0]:
+    raise ValueError(
+      f'the tokenizer puts {tokenizer.encode("").tokens} around a text; '
+      'llama.cpp can put one token before it: change post_processor in '
+      'tokenizer.json'
+    )
+  return empty[0]
+
+
+def _add_tokenizer(
+  writer: Any,
+  words: gguf_tokenizer.Vocabulary,
+  pre: str,
+  begin: int | None,
+):
   writer.add_tokenizer_model('gpt2')
   writer.add_tokenizer_pre(pre)
   writer.add_token_list(words.tokens)
   writer.add_token_types(words.kinds)
   writer.add_token_merges(words.merges)
-  # A document is preceded by the end of another.
-  writer.add_bos_token_id(words.end)
+  # Without one of its own, a document is preceded by the end of another.
+  writer.add_bos_token_id(words.end if begin is None else begin)
   writer.add_eos_token_id(words.end)
   writer.add_eot_token_id(words.end)
-  writer.add_add_bos_token(False)
+  writer.add_add_bos_token(begin is not None)
   writer.add_add_eos_token(False)
 
 

@@ -129,7 +129,10 @@ def export(
       f'{run}/tokenizer.json has ids up to {last}, and model.vocab_size='
       f'{config.vocab_size}: it is of another model'
     )
-  end = tokenizer.token_to_id(tokenizer_lib.END_OF_TEXT)
+  try:
+    end = tokenizer_lib.end_of_text_id(tokenizer)
+  except ValueError:
+    end = None  # transformers can do without
   described = functools.partial(
     huggingface.config_json,
     config,
@@ -428,7 +431,8 @@ def _write_tokenizer(
   shutil.copyfile(run / 'tokenizer.json', folder / 'tokenizer.json')
   ends = {}
   if end is not None:
-    ends = dict.fromkeys(('bos_token', 'eos_token'), tokenizer_lib.END_OF_TEXT)
+    tokenizer = tokenizer_lib.load_tokenizer(run / 'tokenizer.json')
+    ends = dict.fromkeys(('bos_token', 'eos_token'), tokenizer.id_to_token(end))
     _write_json(
       folder / 'generation_config.json',
       {'bos_token_id': end, 'eos_token_id': end, 'do_sample': False},

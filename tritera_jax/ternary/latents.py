@@ -77,27 +77,35 @@ def latents_of(
         f'{"at least" if floor else "more than"} {EPS}'
       )
 
-  best_S = np.zeros(blocks, np.float32)
-  open_S = list(range(blocks))
-  for distance in range(ulps + 1):
-    for away in _TRIES:
-      for block in open_S:
-        _fill(views[block], codes[block], float(wanted_S[block]) - offset, away)
-      made, made_S = ternarized(latents_KN, blocks, axis, floor)
-      made_S = np.asarray(made_S)
-      nearer = np.abs(made_S - wanted_S) < np.abs(best_S - wanted_S)
-      best_S = np.where(nearer, made_S, best_S)
-      steps_S = np.abs(made_S.view(np.int32) - wanted_S.view(np.int32))
-      open_S = [block for block in open_S if steps_S[block] > distance]
-      if not open_S:
-        if not np.array_equal(made, codes_KN):
-          raise AssertionError('latents that round to other codes')
-        return latents_KN
-  block = open_S[0]
-  raise ValueError(
-    f'no latents have scale {wanted_S[block]!r} in block {block}; the nearest '
-    f'is {best_S[block]!r}: allow ulps, or use scale_floor=True'
-  )
+  # Of each block the first try that is exact, or else the nearest.
+  nearest_S = np.full(blocks, np.iinfo(np.int32).max)
+  best_S = np.zeros(blocks, int)
+  for away in _TRIES:
+    open_S = np.flatnonzero(nearest_S)
+    if not open_S.size:
+      break
+    for block in open_S:
+      _fill(views[block], codes[block], float(wanted_S[block]) - offset, away)
+    _, made_S = ternarized(latents_KN, blocks, axis, floor)
+    steps_S = np.abs(
+      np.asarray(made_S).view(np.int32) - wanted_S.view(np.int32)
+    )
+    best_S = np.where(steps_S < nearest_S, away, best_S)
+    nearest_S = np.minimum(steps_S, nearest_S)
+  for block in np.flatnonzero(nearest_S):
+    mean = float(wanted_S[block]) - offset
+    _fill(views[block], codes[block], mean, int(best_S[block]))
+  made, made_S = ternarized(latents_KN, blocks, axis, floor)
+  if nearest_S.max(initial=0) > ulps:
+    block = int(np.argmax(nearest_S))
+    raise ValueError(
+      f'no latents have scale {wanted_S[block]!r} in block {block}; the '
+      f'nearest is {np.asarray(made_S)[block]!r}: allow ulps, or use '
+      'scale_floor=True'
+    )
+  if not np.array_equal(made, codes_KN):
+    raise AssertionError('latents that round to other codes')
+  return latents_KN
 
 
 def _fill(view, codes, mean: float, away: int):
