@@ -66,7 +66,7 @@ def check_blocks(file: Path, run: Path) -> int:
   read, found = gguf_file.read(file), 0
   matrices = gguf_plan.ternary_matrices(config, params)
   for name, linear, _ in gguf_model.matrices(config):
-    codes_NK, scale_S, axis = matrices[name]
+    _, codes_NK, scale_S, axis = matrices[name]
     along = np.repeat(scale_S, codes_NK.shape[axis == 'in'] // len(scale_S))
     dense_NK = codes_NK * (along[:, None] if axis == 'out' else along)
     there = gguf_model.tensor_name(name)
