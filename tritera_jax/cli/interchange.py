@@ -62,7 +62,7 @@ def export(args: list[str]):
   chooser.add_argument('--to', choices=kinds, required=True)
   if '--to' not in args and {'-h', '--help'} & set(args):
     chooser.print_help()
-    return
+    raise SystemExit(0)
   chosen, rest = chooser.parse_known_args(args)
   kinds[chosen.to](rest)
 
