@@ -4,7 +4,6 @@
 import dataclasses
 from pathlib import Path
 import sysconfig
-from typing import Any, NamedTuple
 
 import jax
 import pytest
@@ -18,10 +17,6 @@ from tritera_jax.model import decoder
 
 # Weights of this size make some tokens a thousand times as likely as others.
 MODEL = dataclasses.replace(tiny.MODEL, init_std=0.4, context_length=64)
-
-
-class _Weights(NamedTuple):
-  params: Any
 
 
 @pytest.fixture(scope='session')
@@ -38,7 +33,7 @@ def random_run(made_once) -> Path:
     tokenizer.save(str(folder / 'tokenizer.json'))
     params = jax.jit(decoder.init, static_argnums=0)(MODEL, jax.random.key(0))
     with save.writing(folder, experiment.run) as checkpoints:
-      save.save(checkpoints, 1, MODEL, _Weights(params))
+      save.save(checkpoints, 1, MODEL, save.Weights(params))
     pack.pack(folder)
 
   return made_once('random_run', make)

@@ -10,7 +10,7 @@ exports GOLDEN anew into tests/interop/golden and has llama.cpp, of the extra
 import dataclasses
 from pathlib import Path
 import tempfile
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -42,10 +42,6 @@ GOLDEN = {
 }
 
 
-class Weights(NamedTuple):
-  params: decoder.Params
-
-
 def random_params(config: ModelConfig, seed: int = 0) -> decoder.Params:
   """Weights as large as trained ones, and gains that are not 1."""
   rng = np.random.default_rng(seed)
@@ -71,7 +67,7 @@ def make_run(
   settings = dataclasses.replace(settings, model=config)
   save.write_experiment(settings, folder)
   with save.writing(folder, settings.run) as checkpoints:
-    save.save(checkpoints, 10, config, Weights(params))
+    save.save(checkpoints, 10, config, save.Weights(params))
   return folder
 
 

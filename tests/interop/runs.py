@@ -4,7 +4,6 @@
 import dataclasses
 from pathlib import Path
 import shutil
-from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -16,10 +15,6 @@ from tritera_jax.experiment import Experiment
 from tritera_jax.model import decoder
 from tritera_jax.model.config import ModelConfig
 from tritera_jax.model.decoder import Params
-
-
-class _Weights(NamedTuple):
-  params: Params
 
 
 def shape(**fields) -> ModelConfig:
@@ -66,5 +61,5 @@ def make(
   if params is None:
     params = random_params(model)
   with save.writing(folder, experiment.run) as checkpoints:
-    save.save(checkpoints, step, model, _Weights(params))
+    save.save(checkpoints, step, model, save.Weights(params))
   return folder

@@ -6,7 +6,7 @@ import pytest
 
 from tests import tiny
 from tests.interop import checkpoints
-from tritera_jax.interop import huggingface
+from tritera_jax.interop import architectures, huggingface
 from tritera_jax.model.config import ModelConfig
 
 BITNET = checkpoints.BITNET
@@ -171,7 +171,7 @@ BITNET_MODEL = dataclasses.replace(
 
 
 def written(model, form='unpacked'):
-  return huggingface.config_json(
+  return architectures.config_json(
     model, form, dtype='float32', end_of_text=0, fingerprint='trits1:0'
   )
 

@@ -14,7 +14,7 @@ from tritera_jax import cli
 from tritera_jax.checkpoint import restore, save
 from tritera_jax.data import loader, shards
 from tritera_jax.generate import load
-from tritera_jax.interop import huggingface, importing
+from tritera_jax.interop import architectures, importing
 from tritera_jax.model import decoder, quantized
 from tritera_jax.train import start
 
@@ -251,7 +251,7 @@ def test_an_interrupted_import_leaves_nothing_that_loads(tmp_path, monkeypatch):
 def test_what_was_exported_here_comes_back_as_it_was(tmp_path):
   fingerprint = imported(tmp_path, 'trilm_2').fingerprint
   model = save.read_experiment(tmp_path / 'run').model
-  settings = huggingface.config_json(
+  settings = architectures.config_json(
     model, 'unpacked', dtype='float16', end_of_text=0, fingerprint=fingerprint
   )
   found = checkpoints.tensors('trilm_2')

@@ -15,7 +15,6 @@ from tritera_jax.checkpoint import restore, save
 from tritera_jax.eval import perplexity
 from tritera_jax.model import decoder, quantized
 from tritera_jax.quantlm import calibration
-from tritera_jax.quantlm import run as run_lib
 from tritera_jax.quantlm.run import Quantization, quantize
 
 MODEL = dataclasses.replace(tiny.MODEL, family='float')
@@ -36,7 +35,7 @@ def float_run(tiny_run, tmp_path_factory):
   save.write_experiment(dataclasses.replace(settings, model=MODEL), folder)
   shutil.copyfile(tiny_run / 'tokenizer.json', folder / 'tokenizer.json')
   with save.writing(folder, settings.run) as checkpoints:
-    save.save(checkpoints, 20, MODEL, run_lib._Weights(params))
+    save.save(checkpoints, 20, MODEL, save.Weights(params))
   return folder
 
 

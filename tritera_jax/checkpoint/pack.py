@@ -16,6 +16,7 @@ from tritera_jax.checkpoint.packed_file import Head, PackedModel
 from tritera_jax.model import flops, quantized
 from tritera_jax.model.config import ModelConfig
 from tritera_jax.model.decoder import Params
+from tritera_jax.ternary import quantize
 from tritera_jax.ternary.quantize import ScaleAxis
 from tritera_kernels import byte_matrix, fingerprint, packed
 from tritera_kernels.matmul import Activations
@@ -50,6 +51,17 @@ def matrices(config: ModelConfig, params: Params) -> Iterator[Matrix]:
         )
       codes_NK = np.asarray(codes_LKN[layer]).T
       yield Matrix(name, codes_NK, scale_S, spec.scale_axis)
+
+
+def seen_scales(
+  codes_NK: Int8[np.ndarray, 'N K'],
+  scale_S: Float32[np.ndarray, ' S'],
+  axis: ScaleAxis,
+) -> Float32[np.ndarray, ' S']:
+  """Scales, with eps for those of zeros: values do not show them."""
+  blocks = np.split(codes_NK, len(scale_S), {'out': 0, 'in': 1}[axis])
+  seen_S = np.array([block.any() for block in blocks])
+  return np.where(seen_S, scale_S, np.float32(quantize.EPS))
 
 
 def latent_fingerprint(config: ModelConfig, params: Params) -> str:

@@ -18,7 +18,7 @@ import json
 from pathlib import Path
 import subprocess
 import time
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 from jaxtyping import PyTree
@@ -111,10 +111,16 @@ def writing(
   checkpoints.close()
 
 
+class Weights(NamedTuple):
+  """A state of parameters alone, which nothing trains on."""
+
+  params: PyTree
+
+
 def items(state: Any) -> dict[str, PyTree]:
   """The checkpoint's items of arrays: `params`, and the rest of the state.
 
-  Of a state of parameters alone, which nothing trains on, there is no rest.
+  Of `Weights` there is no rest.
   """
   rest = state._asdict()
   found = {'params': rest.pop('params'), 'rest': rest}

@@ -80,7 +80,12 @@ def evaluate(args: list[str]):
       '--out': out,
       '--cache': cache,
     }
-    stray = [name for name, value in of_tasks.items() if value]
+    # Limits of 0 were given, too.
+    stray = [
+      name
+      for name, value in of_tasks.items()
+      if value is not None and value is not False
+    ]
     if stray and not tasks:
       raise ValueError(f'{", ".join(stray)}: only with --tasks')
     if tasks:

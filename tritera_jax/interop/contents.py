@@ -8,6 +8,7 @@ from typing import Literal
 from jaxtyping import Float32, Int8
 import numpy as np
 
+from tritera_jax.checkpoint import pack
 from tritera_jax.data import tokenizer as tokenizer_lib
 from tritera_jax.interop import matrices, names
 from tritera_jax.interop.huggingface import Description
@@ -225,6 +226,9 @@ def ternary(
 ) -> tuple[Int8[np.ndarray, 'N K'], Float32[np.ndarray, ' S']]:
   """Codes and scales of a matrix of codes or of ternary values.
 
+  A block of zeros does not show its scale: it is said to be eps, as latents of
+  zeros have.
+
   Raises:
     ValueError: it is of others: its place is named; or a scale is none.
   """
@@ -237,7 +241,8 @@ def ternary(
     codes_NK, scale_S = matrices.ternary_of(
       stored_NK, scales, axis, tensor.theirs
     )
-  return codes_NK, scale_S * _factor(files, described, tensor)
+  scale_S = scale_S * _factor(files, described, tensor)
+  return codes_NK, pack.seen_scales(codes_NK, scale_S, axis)
 
 
 def values(

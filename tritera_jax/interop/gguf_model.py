@@ -20,17 +20,18 @@ neither. Shapes: N outputs, K inputs, S scale blocks, h width of a head.
 """
 
 from collections.abc import Iterator
+import contextlib
 from typing import NamedTuple
 
-from jaxtyping import Float32, Int8
+from jaxtyping import Float16, Float32, Int8
 import numpy as np
 import pydantic
 
+from tritera_jax.checkpoint.pack import Matrix
 from tritera_jax.interop import gguf_blocks
-from tritera_jax.interop.gguf_blocks import BLOCK_TYPES
+from tritera_jax.interop.gguf_blocks import BLOCK_TYPES, LAYOUTS
 from tritera_jax.interop.gguf_file import GgufFile, Tensor
 from tritera_jax.model.config import ModelConfig
-from tritera_jax.ternary.quantize import ScaleAxis
 from tritera_jax.validated import from_json
 
 VERSION = 1
@@ -101,12 +102,8 @@ def read_config(file: GgufFile) -> ModelConfig:
   )
 
 
-def read_matrices(
-  file: GgufFile,
-) -> Iterator[
-  tuple[str, Int8[np.ndarray, 'N K'], Float32[np.ndarray, ' S'], ScaleAxis]
-]:
-  """(name, codes, scales, axis) of a file that `export` wrote, as the run has.
+def read_matrices(file: GgufFile) -> Iterator[Matrix]:
+  """Codes and scales of a file that `export` wrote, as the run has them.
 
   Raises:
     ValueError: a matrix is missing, has another shape, weights that are not
@@ -122,66 +119,16 @@ def read_matrices(
       f'{file.path}: tritera.scales has {len(scales)} {scales.dtype}, wanted '
       f'{S * 7 * config.layers} float32'
     )
-  for n, (name, linear, _) in enumerate(matrices(config)):
-    there, spec = tensor_name(name), config.linears[linear]
-    _tensor(file, there, (spec.out_features, spec.in_features))
+  for n, place in enumerate(matrices(config)):
     scale_S = np.array(scales[S * n : S * (n + 1)], '<f4')
-    try:
-      codes_NK = _read_codes(file, there, scale_S, row_order(config, linear),
-                             spec.scale_axis)  # fmt: skip
-    except ValueError as error:
-      raise ValueError(f'{file.path}: tensor {there}: {error}') from None
-    yield name, codes_NK, scale_S, spec.scale_axis
+    with _naming(file, place):
+      codes_NK = _read_codes(file, config, place, scale_S)
+    axis = config.linears[place.linear].scale_axis
+    yield Matrix(place.name, codes_NK, scale_S, axis)
 
 
-def _read_codes(
-  file: GgufFile,
-  there: str,
-  scale_S: Float32[np.ndarray, ' S'],
-  order: np.ndarray,
-  axis: ScaleAxis,
-) -> Int8[np.ndarray, 'N K']:
-  """A matrix's codes in our order of rows; its scales must be those stated."""
-  tensor = file.tensors[there]
-  N, K = tensor.shape
-  codes_NK = np.empty((N, K), np.int8)
-  data = file.rows(there)
-  if tensor.type not in BLOCK_TYPES:
-    # Rounded to the type of the file, where a code of 1 is the scale.
-    kept_S = scale_S
-    if tensor.type == 'f16':
-      kept_S = gguf_blocks.half_scales(scale_S).values.astype(np.float32)
-    along = np.repeat(kept_S, (N if axis == 'out' else K) // len(kept_S))
-    dense_NK = file.floats(there)
-    codes_NK[order] = np.sign(np.nan_to_num(dense_NK))
-    expected = codes_NK * (along[:, None] if axis == 'out' else along)
-    if not np.array_equal(expected[order], dense_NK):
-      raise ValueError('its weights are not the codes times tritera.scales')
-    return codes_NK
-  half_S = gguf_blocks.half_scales(scale_S).values
-  half_NB = gguf_blocks.spread_scales(tensor.type, (N, K), half_S, axis)
-  done = 0
-  for rows in np.array_split(order, -(-N * K // CHUNK)):
-    part = data[done : done + len(rows)]
-    done += len(rows)
-    codes_NK[rows], found_NB = gguf_blocks.unpack(tensor.type, part)
-    blank = (codes_NK[rows].reshape(*found_NB.shape, -1) == 0).all(axis=2)
-    wrong = found_NB != np.where(blank, 0, half_NB[rows])
-    if wrong.any():
-      n, b = np.argwhere(wrong)[0]
-      raise ValueError(
-        f'block {b} of our row {rows[n]} has the scale {found_NB[n, b]}, and '
-        f'tritera.scales says {half_NB[rows[n], b]}'
-      )
-  return codes_NK
-
-
-def read_foreign(
-  file: GgufFile, config: ModelConfig
-) -> Iterator[
-  tuple[str, Int8[np.ndarray, 'N K'], Float32[np.ndarray, ' S'], ScaleAxis]
-]:
-  """(name, codes, scales, axis) of a file that something else wrote.
+def read_foreign(file: GgufFile, config: ModelConfig) -> Iterator[Matrix]:
+  """Codes and scales of a file that something else wrote.
 
   Args:
     file: of architecture `llama` or `qwen3`, as the model's is.
@@ -191,40 +138,90 @@ def read_foreign(
     ValueError: a matrix is missing, is of another shape or type than ternary
       blocks, or has other scales than one for each block of the model's.
   """
-  for name, linear, _ in matrices(config):
-    there, spec = tensor_name(name), config.linears[linear]
-    tensor = _tensor(file, there, (spec.out_features, spec.in_features))
-    if tensor.type not in BLOCK_TYPES:
-      raise ValueError(
-        f'{file.path}: tensor {there} is {tensor.type}; only '
-        f'{", ".join(BLOCK_TYPES)} hold codes'
-      )
-    order = row_order(config, linear)
-    codes_NK = np.empty(tensor.shape, np.int8)
-    scales = []
-    done = 0
-    try:
-      for rows in np.array_split(order, -(-codes_NK.size // CHUNK)):
-        part = file.rows(there)[done : done + len(rows)]
-        done += len(rows)
-        codes_NK[rows], half_NB = gguf_blocks.unpack(tensor.type, part)
-        scales.append(half_NB)
-      ours_NB = np.empty((len(order), scales[0].shape[1]), np.float16)
-      ours_NB[order] = np.concatenate(scales)
-      half_S = gguf_blocks.gathered_scales(
-        ours_NB, config.scale_blocks, spec.scale_axis
-      )
-    except ValueError as error:
-      raise ValueError(f'{file.path}: tensor {there}: {error}') from None
-    yield name, codes_NK, half_S.astype(np.float32), spec.scale_axis
+  for place in matrices(config):
+    axis = config.linears[place.linear].scale_axis
+    with _naming(file, place):
+      codes_NK, half_NB = _unpacked(file, config, place)
+      half_S = gguf_blocks.gathered_scales(half_NB, config.scale_blocks, axis)
+    yield Matrix(place.name, codes_NK, half_S.astype(np.float32), axis)
 
 
-def _tensor(file: GgufFile, there: str, shape: tuple[int, int]) -> Tensor:
-  tensor = file.tensors.get(there)
-  if tensor is None or tensor.shape != shape:
+@contextlib.contextmanager
+def _naming(file: GgufFile, place: Place) -> Iterator[None]:
+  """Says of which tensor an error is."""
+  try:
+    yield
+  except ValueError as error:
+    there = tensor_name(place.name)
+    raise ValueError(f'{file.path}: tensor {there}: {error}') from None
+
+
+def _read_codes(
+  file: GgufFile,
+  config: ModelConfig,
+  place: Place,
+  scale_S: Float32[np.ndarray, ' S'],
+) -> Int8[np.ndarray, 'N K']:
+  """A matrix's codes in our order of rows; its scales must be those stated."""
+  axis = config.linears[place.linear].scale_axis
+  tensor = _tensor(file, config, place)
+  N, K = tensor.shape
+  if tensor.type not in BLOCK_TYPES:
+    order = row_order(config, place.linear)
+    # Rounded to the type of the file, where a code of 1 is the scale.
+    kept_S = scale_S
+    if tensor.type == 'f16':
+      kept_S = gguf_blocks.half_scales(scale_S).values.astype(np.float32)
+    along = np.repeat(kept_S, (N if axis == 'out' else K) // len(kept_S))
+    dense_NK = file.floats(tensor.name)
+    codes_NK = np.empty((N, K), np.int8)
+    codes_NK[order] = np.sign(np.nan_to_num(dense_NK))
+    expected = codes_NK * (along[:, None] if axis == 'out' else along)
+    if not np.array_equal(expected[order], dense_NK):
+      raise ValueError('its weights are not the codes times tritera.scales')
+    return codes_NK
+  half_S = gguf_blocks.half_scales(scale_S).values
+  half_NB = gguf_blocks.spread_scales(tensor.type, (N, K), half_S, axis)
+  codes_NK, found_NB = _unpacked(file, config, place)
+  blank_NB = ~codes_NK.reshape(*found_NB.shape, -1).any(axis=2)
+  wrong_NB = found_NB != np.where(blank_NB, 0, half_NB)
+  if wrong_NB.any():
+    n, b = np.argwhere(wrong_NB)[0]
     raise ValueError(
-      f'{file.path}: tensor {there} is '
-      f'{"missing" if tensor is None else list(tensor.shape)}, wanted '
-      f'{list(shape)}'
+      f'block {b} of our row {n} has the scale {found_NB[n, b]}, and '
+      f'tritera.scales says {half_NB[n, b]}'
+    )
+  return codes_NK
+
+
+def _unpacked(
+  file: GgufFile, config: ModelConfig, place: Place
+) -> tuple[Int8[np.ndarray, 'N K'], Float16[np.ndarray, 'N B']]:
+  """Codes and the scales of ggml's blocks, in our order of rows."""
+  tensor = _tensor(file, config, place)
+  if tensor.type not in BLOCK_TYPES:
+    raise ValueError(
+      f'is {tensor.type}; only {", ".join(BLOCK_TYPES)} hold codes'
+    )
+  N, K = tensor.shape
+  data = file.rows(tensor.name)
+  order = row_order(config, place.linear)
+  codes_NK = np.empty((N, K), np.int8)
+  half_NB = np.empty((N, K // LAYOUTS[tensor.type].weights), np.float16)
+  done = 0
+  for rows in np.array_split(order, -(-N * K // CHUNK)):
+    part = data[done : done + len(rows)]
+    done += len(rows)
+    codes_NK[rows], half_NB[rows] = gguf_blocks.unpack(tensor.type, part)
+  return codes_NK, half_NB
+
+
+def _tensor(file: GgufFile, config: ModelConfig, place: Place) -> Tensor:
+  spec = config.linears[place.linear]
+  tensor = file.tensors.get(tensor_name(place.name))
+  if tensor is None or tensor.shape != (spec.out_features, spec.in_features):
+    raise ValueError(
+      f'is {"missing" if tensor is None else list(tensor.shape)}, wanted '
+      f'{[spec.out_features, spec.in_features]}'
     )
   return tensor

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Hugging Face's config.json, to a ModelConfig and back.
+"""Hugging Face's config.json, read; `architectures` has ours written.
 
 Meanings are those of transformers 5.23: `models/{llama,mistral,qwen3,bitnet}`
 and `integrations/bitnet.py`, and of 1bitLLM's own code for its architecture.
@@ -26,19 +26,11 @@ import pydantic
 
 from tritera_jax import validated
 from tritera_jax.interop import json_file, names
+from tritera_jax.interop.architectures import ARCHITECTURES
 from tritera_jax.model.config import ModelConfig
 
-Form = Literal['unpacked', 'packed', 'latents']
 ScaleMeaning = Literal['factor', 'divisor']
 
-# Architecture: its model_type, and what is meant where a file says nothing.
-_ARCHITECTURES: dict[str, tuple[str, dict[str, Any]]] = {
-  'LlamaForCausalLM': ('llama', {}),
-  'MistralForCausalLM': ('mistral', {'sliding_window': 4096}),
-  'Qwen3ForCausalLM': ('qwen3', {'head_dim': 128}),
-  'BitNetForCausalLM': ('bitnet', {'rope_theta': 500_000.0}),
-  names.OLD_BITNET: ('llama', {}),
-}
 _ACTIVATIONS: dict[str, Literal['silu', 'relu2']] = {
   'silu': 'silu',
   'swish': 'silu',
@@ -146,7 +138,7 @@ def describe(found: Mapping[str, Any], where: str) -> Description:
     ValueError: see `read_config`.
   """
   architecture = _architecture_of(found, where)
-  fields = _Fields(found, where, _ARCHITECTURES[architecture][1])
+  fields = _Fields(found, where, ARCHITECTURES[architecture][1])
   _check_plain(fields, architecture)
   weights, weight_scale = _quantization(fields, architecture)
   heads, width = (
@@ -195,15 +187,15 @@ def _architecture_of(found: Mapping[str, Any], where: str) -> str:
   if not isinstance(stated, list) or len(stated) != 1:
     raise ValueError(
       f'{where}: architectures={stated!r}; wanted a list of one of '
-      f'{", ".join(_ARCHITECTURES)}'
+      f'{", ".join(ARCHITECTURES)}'
     )
   [architecture] = stated
-  if not isinstance(architecture, str) or architecture not in _ARCHITECTURES:
+  if not isinstance(architecture, str) or architecture not in ARCHITECTURES:
     raise ValueError(
       f'{where}: architectures={stated!r} cannot be imported; those that can '
-      f'are {", ".join(_ARCHITECTURES)}'
+      f'are {", ".join(ARCHITECTURES)}'
     )
-  model_type = _ARCHITECTURES[architecture][0]
+  model_type = ARCHITECTURES[architecture][0]
   if found.get('model_type', model_type) != model_type:
     raise ValueError(
       f'{where}: model_type={found["model_type"]!r}, and {architecture} has '
@@ -348,131 +340,3 @@ def _as_exported(described: Description, ours: Any, where: str) -> Description:
   return dataclasses.replace(
     described, model=model, fingerprint=stated.fingerprint
   )
-
-
-def architecture(model: ModelConfig) -> str:
-  """The architecture of transformers that computes exactly this model.
-
-  Raises:
-    ValueError: there is none: the field, and what can be done.
-  """
-  if model.input_norm:
-    raise ValueError(
-      'model.input_norm=true is computed by no architecture of transformers; '
-      'evaluate and generate from the run itself'
-    )
-  if model.sub_norm and model.qk_norm:
-    raise ValueError(
-      'model.sub_norm=true with model.qk_norm=true is computed by no '
-      'architecture of transformers; evaluate and generate from the run itself'
-    )
-  if model.sub_norm and model.heads * model.head_dim != model.d_model:
-    raise ValueError(
-      f'model.sub_norm=true with {model.heads} heads of {model.head_dim} in '
-      f'model.d_model={model.d_model}: the norm of BitNetForCausalLM is as '
-      'wide as the model; evaluate and generate from the run itself'
-    )
-  if model.sub_norm:
-    return 'BitNetForCausalLM'
-  if model.qk_norm:
-    return 'Qwen3ForCausalLM'
-  if model.d_model % model.heads:
-    raise ValueError(
-      f'model.heads={model.heads} does not divide model.d_model='
-      f'{model.d_model}, which LlamaForCausalLM refuses; evaluate and generate '
-      'from the run itself'
-    )
-  return 'LlamaForCausalLM'
-
-
-def config_json(
-  model: ModelConfig,
-  form: Form,
-  *,
-  dtype: Literal['float32', 'bfloat16', 'float16'],
-  end_of_text: int | None,
-  tied: bool = False,
-  fingerprint: str | None = None,
-) -> dict[str, Any]:
-  """The object of a config.json.
-
-  Args:
-    model: what the tensors are of.
-    form: of the blocks' matrices: 'unpacked', what a forward pass multiplies by
-      (beside a weight_scale of 1, if activations are int8); 'packed', four
-      codes a byte beside a weight_scale; 'latents', to be quantised in each
-      forward pass.
-    dtype: of the float tensors.
-    end_of_text: token that begins and ends documents.
-    tied: there is no head; it is the embedding.
-    fingerprint: of codes and scales; None: a FloatLM has none.
-
-  Raises:
-    ValueError: no architecture computes this model, or the form does not hold
-      it.
-  """
-  name = architecture(model)
-  _check_form(model, form)
-  config: dict[str, Any] = {
-    'architectures': [name],
-    'model_type': _ARCHITECTURES[name][0],
-    'vocab_size': model.padded_vocab_size,
-    'hidden_size': model.d_model,
-    'intermediate_size': model.d_ff,
-    'num_hidden_layers': model.layers,
-    'num_attention_heads': model.heads,
-    'num_key_value_heads': model.kv_heads,
-    'head_dim': model.head_dim,
-    'hidden_act': model.mlp_activation,
-    'max_position_embeddings': model.context_length,
-    'rms_norm_eps': model.norm_eps,
-    'rope_theta': model.rope_theta,
-    'rope_scaling': None,
-    'attention_bias': False,
-    'tie_word_embeddings': tied,
-    'initializer_range': model.init_std,
-    'bos_token_id': end_of_text,
-    'eos_token_id': end_of_text,
-    'torch_dtype': dtype,
-    'tritera': {
-      'model': dataclasses.asdict(model),
-      'fingerprint': fingerprint,
-    },
-  }
-  if model.scale_blocks > 1 and model.family != 'float':
-    config['pretraining_model_parallel'] = model.scale_blocks
-  if model.activation_bits == 8:
-    config['quantization_config'] = {
-      'quant_method': 'bitnet',
-      'linear_class': 'autobitlinear',
-      'quantization_mode': 'online' if form == 'latents' else 'offline',
-      'modules_to_not_convert': ['lm_head'],
-    }
-  return config
-
-
-def _check_form(model: ModelConfig, form: Form):
-  if form == 'unpacked':
-    return
-  if model.activation_bits != 8:
-    raise ValueError(
-      f'form={form!r} rounds activations to int8 in transformers, and '
-      f"model.activation_bits={model.activation_bits} does not; give 'unpacked'"
-    )
-  if model.family != 'ternary' or model.scale_blocks != 1:
-    raise ValueError(
-      f"form={form!r} is of 'ternary' matrices with one scale each, and model."
-      f'family={model.family!r} has model.scale_blocks={model.scale_blocks}; '
-      "give 'unpacked'"
-    )
-  if form == 'latents' and not model.scale_floor:
-    raise ValueError(
-      "form='latents' is quantised by transformers with the scale max(mean|W|, "
-      "1e-5), and model.scale_floor=false adds 1e-5; give 'packed'"
-    )
-  for name, spec in model.linears.items():
-    if form == 'packed' and spec.out_features % 4:
-      raise ValueError(
-        f"form='packed' holds four outputs a byte, and {name} has "
-        f"{spec.out_features}; give 'unpacked'"
-      )

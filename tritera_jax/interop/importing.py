@@ -8,7 +8,6 @@ the parameters no more than a matrix and what is made of it lies in memory.
 """
 
 from collections.abc import Iterator, Mapping
-import contextlib
 import json
 from pathlib import Path
 import shutil
@@ -26,7 +25,14 @@ from tritera_jax.experiment import (
   OptimizerConfig,
   RunConfig,
 )
-from tritera_jax.interop import contents, hub, huggingface, matrices, names
+from tritera_jax.interop import (
+  contents,
+  hub,
+  huggingface,
+  matrices,
+  names,
+  new_folder,
+)
 from tritera_jax.interop.contents import Dtype, Weights
 from tritera_jax.interop.huggingface import Description
 from tritera_jax.interop.safetensors_file import TensorFiles
@@ -53,12 +59,6 @@ class Report(NamedTuple):
   weights: Weights
   fingerprint: str | None
   rounded: int
-
-
-class _Weights(NamedTuple):
-  """A state that has been trained elsewhere."""
-
-  params: PyTree[StagedArray]
 
 
 def import_run(
@@ -89,8 +89,7 @@ def import_run(
       that ours cannot be: file, tensor or field, value and fix.
   """
   out = Path(out)
-  if out.exists():
-    raise FileExistsError(f'{out} is there already; name a folder to be made')
+  new_folder.check(out)
   folder = hub.local(str(source))
   described = huggingface.read_config(folder / 'config.json')
   with TensorFiles(folder) as files:
@@ -99,7 +98,9 @@ def import_run(
     kind = contents.decide(files, described, weights)
     model = contents.model_of(described, kind, dtype)
     there = names.tensors(model, described.architecture)
-    with _partial(out, model) as partial:
+    with new_folder.whole(out) as partial:
+      _check_space(partial, model)
+      (partial / 'staged').mkdir()
       work = _Work(files, described, kind, model, partial / 'staged')
       proof = work.fill(progress(list(there.values())))
       if proof and described.fingerprint not in (None, proof):
@@ -113,25 +114,16 @@ def import_run(
   return report
 
 
-@contextlib.contextmanager
-def _partial(out: Path, model: ModelConfig) -> Iterator[Path]:
-  """A folder that becomes `out` at the end, or is no more."""
-  partial = out.with_name(f'{out.name}.partial')
-  shutil.rmtree(partial, ignore_errors=True)
-  (partial / 'staged').mkdir(parents=True)
-  try:
-    leaves = jax.tree.leaves(decoder.abstract_params(model))
-    needed = 2 * sum(leaf.size * leaf.dtype.itemsize for leaf in leaves)
-    free = shutil.disk_usage(partial).free
-    if needed > free:
-      raise ValueError(
-        f'{out} takes up to {needed / 1e9:.1f} GB while it is made, and '
-        f'{free / 1e9:.1f} GB are free there'
-      )
-    yield partial
-    partial.rename(out)
-  finally:
-    shutil.rmtree(partial, ignore_errors=True)
+def _check_space(folder: Path, model: ModelConfig):
+  """Parameters are staged, and then written as a checkpoint."""
+  leaves = jax.tree.leaves(decoder.abstract_params(model))
+  needed = 2 * sum(leaf.size * leaf.dtype.itemsize for leaf in leaves)
+  free = shutil.disk_usage(folder).free
+  if needed > free:
+    raise ValueError(
+      f'{folder} takes up to {needed / 1e9:.1f} GB while it is made, and '
+      f'{free / 1e9:.1f} GB are free there'
+    )
 
 
 class _Work:
@@ -217,10 +209,7 @@ class _Work:
     codes_KN, scale_S = latents_lib.ternarized(latents_KN, blocks, axis, floor)
     codes_NK, scale_S = np.asarray(codes_KN).T, np.asarray(scale_S)
     if wanted_S is not None:
-      # A block of zeros has any scale.
-      split = np.split(codes_NK, blocks, {'out': 0, 'in': 1}[axis])
-      there_S = np.array([block.any() for block in split])
-      self.rounded += bool((scale_S != wanted_S)[there_S].any())
+      self.rounded += not np.array_equal(scale_S, wanted_S)
     yield tensor.name, codes_NK, scale_S, axis
 
 
@@ -244,7 +233,7 @@ def _write(
 ):
   experiment = _experiment(model, report.folder)
   with save.writing(partial, experiment.run) as checkpoints:
-    save.save(checkpoints, 0, model, _Weights(params))
+    save.save(checkpoints, 0, model, save.Weights(params))
   shutil.rmtree(partial / 'staged')
   shutil.copyfile(folder / 'tokenizer.json', partial / 'tokenizer.json')
   record: Mapping[str, Any] = {

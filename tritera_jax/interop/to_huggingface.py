@@ -15,7 +15,6 @@ Shapes: K inputs, N outputs, S scale blocks.
 """
 
 from collections.abc import Iterator
-import contextlib
 import dataclasses
 import functools
 import json
@@ -31,12 +30,12 @@ import numpy as np
 from tritera_jax.checkpoint import pack, restore, save
 from tritera_jax.data import tokenizer as tokenizer_lib
 from tritera_jax.interop import (
-  huggingface,
-  matrices,
+  architectures,
   model_card,
   names,
-  safetensors_file,
+  new_folder,
   safetensors_writer,
+  verify,
 )
 from tritera_jax.model.config import ModelConfig
 from tritera_jax.model.decoder import Params
@@ -134,7 +133,7 @@ def export(
   except ValueError:
     end = None  # transformers can do without
   described = functools.partial(
-    huggingface.config_json,
+    architectures.config_json,
     config,
     form,
     dtype=dtype,
@@ -147,19 +146,19 @@ def export(
   model = _Model(config, params, dtype)
   found = _survey(model)
   notes = _notes(config, dtype, found.rounding)
-  with _whole(out) as folder:
+  with new_folder.whole(out) as folder:
     files = safetensors_writer.write(
       folder, list(_tensors(model, form, found)), shard_bytes=shard_bytes
     )
-    _prove(config, folder, found.written)
     _write_json(
       folder / 'config.json',
       described(tied=model.tied, fingerprint=found.written),
     )
+    _prove(folder, found.written)
     _write_tokenizer(run, folder, config, end)
     report = Report(
       out,
-      huggingface.architecture(config),
+      architectures.architecture(config),
       step,
       dtype,
       sum(file.stat().st_size for file in files),
@@ -185,22 +184,6 @@ def export(
   return report
 
 
-@contextlib.contextmanager
-def _whole(out: Path) -> Iterator[Path]:
-  """A folder beside `out` that becomes it at the end of the block."""
-  if out.exists():
-    raise FileExistsError(f'{out} is there already; name a folder to be made')
-  partial = out.with_name(f'{out.name}.partial')
-  shutil.rmtree(partial, ignore_errors=True)  # of one that was interrupted
-  partial.mkdir(parents=True)
-  try:
-    yield partial
-  except BaseException:
-    shutil.rmtree(partial, ignore_errors=True)
-    raise
-  partial.rename(out)
-
-
 @functools.partial(jax.jit, static_argnums=(0, 1))
 def _quantized(config: ModelConfig, linear: str, w_KN):
   """Codes [N, K], scales [S], and the matrix [N, K] that they stand for."""
@@ -224,17 +207,8 @@ class _Model(NamedTuple):
     return bool(jnp.array_equal(embed, head['kernel'].T))
 
   def tensors(self) -> list[names.Tensor]:
-    architecture = huggingface.architecture(self.config)
+    architecture = architectures.architecture(self.config)
     return list(names.tensors(self.config, architecture).values())
-
-  def matrices(self) -> list[tuple[names.Tensor, str, quantize.ScaleAxis]]:
-    """The blocks' matrices, with linear layer and axis of the scales."""
-    linears = self.config.linears
-    return [
-      (tensor, tensor.linear, linears[tensor.linear].scale_axis)
-      for tensor in self.tensors()
-      if tensor.linear is not None
-    ]
 
   def leaf(self, tensor: names.Tensor) -> Float32[Array, '...']:
     leaf: Any = self.params
@@ -298,38 +272,25 @@ def _survey(model: _Model) -> _Survey:
 
   def each():
     nonlocal exact, rounding
-    for tensor, linear, axis in model.matrices():
-      codes_NK, scale_S, _ = _quantized(config, linear, model.leaf(tensor))
-      codes_NK, scale_S = np.asarray(codes_NK), np.asarray(scale_S)
-      if not np.isfinite(scale_S).all():
-        raise ValueError(
-          f'{tensor.name} has scale {scale_S}: its latents are not finite'
-        )
+    for name, codes_NK, scale_S, axis in pack.matrices(config, model.params):
       rounded_S = model.rounded(scale_S)
       if not np.array_equal(rounded_S > 0, scale_S > 0):
         raise ValueError(
-          f'{tensor.name} has scale {scale_S}, which {model.dtype} takes for '
+          f'{name} has scale {scale_S}, which {model.dtype} takes for '
           "0; give dtype='float32'"
         )
-      seen_S = _seen(codes_NK, rounded_S, axis)
+      seen_S = pack.seen_scales(codes_NK, rounded_S, axis)
       exact = exact and np.array_equal(seen_S, scale_S)
       off_S = np.abs(rounded_S - scale_S) / np.maximum(scale_S, 1e-30)
       rounding = max(rounding, float(off_S.max()))
-      scales[tensor.name] = scale_S
-      yield tensor.name, codes_NK, seen_S, axis
+      scales[name] = scale_S
+      yield name, codes_NK, seen_S, axis
 
   written = fingerprint.trit_fingerprint(each())
   if config.family != 'ternary':
     return _Survey(scales, None, None, rounding)
   own = written if exact else pack.latent_fingerprint(config, model.params)
   return _Survey(scales, own, written, rounding)
-
-
-def _seen(codes_NK, scale_S, axis: str) -> Float32[np.ndarray, ' S']:
-  """The scales that a reader finds; of a block of zeros it says eps."""
-  blocks = np.split(codes_NK, len(scale_S), 0 if axis == 'out' else 1)
-  some_S = [block.any() for block in blocks]
-  return np.where(some_S, scale_S, np.float32(quantize.EPS))
 
 
 def _tensors(
@@ -363,7 +324,7 @@ def _tensors(
       yield factor(tensor, np.ones(1, np.float32))
 
 
-def _prove(config: ModelConfig, folder: Path, wanted: str | None):
+def _prove(folder: Path, wanted: str | None):
   """Reads the matrices back.
 
   Raises:
@@ -372,26 +333,7 @@ def _prove(config: ModelConfig, folder: Path, wanted: str | None):
   """
   if wanted is None:
     return
-  with safetensors_file.TensorFiles(folder) as files:
-
-    def each():
-      architecture = huggingface.architecture(config)
-      for tensor in names.tensors(config, architecture).values():
-        if tensor.linear is None:
-          continue
-        axis = config.linears[tensor.linear].scale_axis
-        found = files.read(tensor.theirs)
-        if found.dtype == np.uint8:
-          codes_NK = matrices.unpack(found, tensor.theirs)
-          scale_S = files.read(f'{tensor.module}.weight_scale')
-        else:
-          codes_NK, scale_S = matrices.ternary_of(
-            found, config.scale_blocks, axis, tensor.theirs
-          )
-        scale_S = scale_S.astype(np.float32)
-        yield tensor.name, codes_NK, _seen(codes_NK, scale_S, axis), axis
-
-    found = fingerprint.trit_fingerprint(each())
+  found = fingerprint.trit_fingerprint(verify.matrices(folder))
   if found != wanted:
     raise ValueError(f'{folder} holds {found}, wanted {wanted}')
 

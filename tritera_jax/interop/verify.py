@@ -31,7 +31,6 @@ from tritera_jax.interop import (
 from tritera_jax.interop.safetensors_file import TensorFiles
 from tritera_jax.model.config import ModelConfig
 from tritera_jax.ternary import latents
-from tritera_jax.ternary.quantize import EPS
 from tritera_kernels import fingerprint, packed
 
 Kind = Literal['run', 'packed', 'huggingface', 'gguf']
@@ -154,11 +153,8 @@ def _compare(
       f'{one.codes_NK[n, k]} in {first.path}, {other.codes_NK[n, k]} in '
       f'{second.path}; {wrong.sum():,} of {wrong.size:,} differ'
     )
-  axis = {'out': 0, 'in': 1}[one.axis]
-  parts = np.split(one.codes_NK, len(one.scale_S), axis)
-  blank_S = np.array([not part.any() for part in parts])
   here_S, there_S = (
-    np.asarray(jnp.where(blank_S, EPS, matrix.scale_S).astype(kept), np.float32)
+    pack.seen_scales(*matrix[1:]).astype(jnp.dtype(kept)).astype(np.float32)
     for matrix in (one, other)
   )
   # bfloat16 of a float16 is not always the bfloat16 of what both were.
@@ -197,6 +193,14 @@ def open_artefact(path: str | Path) -> Artefact:
     f'{path} is no GGUF file, and no folder with experiment.json (a run), '
     'config.json (Hugging Face) or model.safetensors (packed)'
   )
+
+
+def matrices(path: str | Path) -> Iterator[Matrix]:
+  """All of an artefact that says of itself which scales it has."""
+  artefact = open_artefact(path)
+  if artefact.config is None:
+    raise ValueError(f'{path} does not say how many scales a matrix has')
+  return artefact.read(artefact.config)
 
 
 def _run(path: Path) -> Iterator[Matrix]:
@@ -257,11 +261,9 @@ def _gguf(path: Path) -> Artefact:
   if 'tritera.model' in file.metadata:
     return Artefact(
       path, 'gguf', gguf_model.read_config(file), 'float32',
-      lambda _: itertools.starmap(Matrix, gguf_model.read_matrices(file)),
+      lambda _: gguf_model.read_matrices(file),
     )  # fmt: skip
   return Artefact(
     path, 'gguf', None, 'float16',
-    lambda config: itertools.starmap(
-      Matrix, gguf_model.read_foreign(file, config)
-    ),
+    lambda config: gguf_model.read_foreign(file, config),
   )  # fmt: skip

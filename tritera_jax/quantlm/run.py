@@ -131,14 +131,8 @@ def quantize(
   (out / RECORD).write_text(json.dumps(record, indent=2) + '\n')
   shutil.copyfile(run / 'tokenizer.json', out / 'tokenizer.json')
   with save.writing(out, there) as checkpoints:
-    save.save(checkpoints, at, experiment.model, _Weights(params))
+    save.save(checkpoints, at, experiment.model, save.Weights(params))
   return report
-
-
-class _Weights(NamedTuple):
-  """A state that nothing but inference goes on from."""
-
-  params: Params
 
 
 def quantize_params(
