@@ -46,7 +46,7 @@ bench: .venv/core
 HF_PYTHON ?= python3.11
 hf: .venv/test .venv/hf/installed
 	@TRITERA_TRANSFORMERS=$(CURDIR)/.venv/hf/bin/python \
-	  $(BIN)/python -m pytest -s tests/interop/test_transformers.py
+	  $(BIN)/python -m pytest -s tests/interop/huggingface/test_transformers.py
 
 .venv/hf/installed: Makefile | .venv/test
 	@$(HF_PYTHON) -m venv .venv/hf

@@ -19,7 +19,7 @@ import struct
 import tempfile
 import time
 
-from tritera_jax.interop import gguf_file
+from tritera_jax.interop.gguf import gguf_file
 
 NUMBERS = (
   0, 1, 2, 3, 7, 8, 9, 31, 32, 33, 63, 64, 255, 256, 2**16, 2**20, 2**21,

@@ -26,8 +26,8 @@ import tqdm
 import tyro
 
 from tests.drills import fuzz_gguf
-from tritera_jax.interop import safetensors_file
-from tritera_jax.interop.safetensors_file import TensorFiles
+from tritera_jax.interop.huggingface import safetensors_file
+from tritera_jax.interop.huggingface.safetensors_file import TensorFiles
 
 SECONDS, MEGABYTES = 1.0, 100
 NUMBERS = (

@@ -7,7 +7,7 @@ Needs the extra `peers`, which builds llama.cpp (minutes), and a run whose
 matrices are whole blocks of 256, such as the quickstart's. For each type: the
 blocks are those that ggml's own quantiser makes, the loss on held-out ids in
 the same windows is within half a per cent of ours, and llama.cpp cuts a text as
-`gguf_tokenizer.as_llama_cpp` says it does. Greedy continuations are shown side
+`tokenizer_keys.as_llama_cpp` says it does. Greedy continuations are shown side
 by side; llama.cpp rounds activations to int8, so they may part.
 """
 
@@ -25,14 +25,14 @@ from tritera_jax.checkpoint import pack, restore
 from tritera_jax.data import loader, shards
 from tritera_jax.eval import perplexity
 from tritera_jax.generate import load
-from tritera_jax.interop import (
+from tritera_jax.interop.gguf import (
   gguf_file,
-  gguf_model,
-  gguf_plan,
-  gguf_tokenizer,
+  layout,
+  tensor_plan,
   to_gguf,
+  tokenizer_keys,
 )
-from tritera_jax.interop.gguf_blocks import BLOCK_TYPES
+from tritera_jax.interop.gguf.ggml_blocks import BLOCK_TYPES
 
 PROMPTS = ('def ', 'import os\n', 'class Parser:\n', 'The ')
 TEXT = (
@@ -64,15 +64,15 @@ def check_blocks(file: Path, run: Path) -> int:
   experiment, params = restore.restore_params(run)
   config = experiment.model
   read, found = gguf_file.read(file), 0
-  matrices = gguf_plan.ternary_matrices(config, params)
-  for name, linear, _ in gguf_model.matrices(config):
+  matrices = tensor_plan.ternary_matrices(config, params)
+  for name, linear, _ in layout.matrices(config):
     _, codes_NK, scale_S, axis = matrices[name]
     along = np.repeat(scale_S, codes_NK.shape[axis == 'in'] // len(scale_S))
     dense_NK = codes_NK * (along[:, None] if axis == 'out' else along)
-    there = gguf_model.tensor_name(name)
+    there = layout.tensor_name(name)
     rows = read.rows(there)
     made = ggml_blocks(
-      dense_NK[gguf_model.row_order(config, linear)],
+      dense_NK[layout.row_order(config, linear)],
       gguf_file.TYPE_IDS[read.tensors[there].type],
       rows.nbytes,
     )
@@ -82,15 +82,15 @@ def check_blocks(file: Path, run: Path) -> int:
 
 
 def check_rules(run: Path, tokenizer, folder: Path) -> Iterator[str]:
-  """The rules that `gguf_tokenizer` has as llama.cpp does; all must."""
+  """The rules that `tokenizer_keys` has as llama.cpp does; all must."""
   import llama_cpp
 
-  for pre in get_args(gguf_tokenizer.Pre):
+  for pre in get_args(tokenizer_keys.Pre):
     file = folder / 'rule.gguf'
     to_gguf.export(run, file, types='q2_0', pre=pre)
     model = llama_cpp.Llama(str(file), vocab_only=True, verbose=False)
     found = model.tokenize(TEXT.encode(), add_bos=False, special=False)
-    wanted = gguf_tokenizer.as_llama_cpp(tokenizer, pre).encode(TEXT).ids
+    wanted = tokenizer_keys.as_llama_cpp(tokenizer, pre).encode(TEXT).ids
     assert found == wanted, f'{pre}: {found}, not {wanted}'
     yield pre
 
@@ -162,7 +162,7 @@ def drill(
   )
   yield {'model': 'packed, int8 activations', 'nats': nats}
   yield {'text cut alike': [*check_rules(run, loaded.tokenizer, folder)]}
-  pre = gguf_tokenizer.exact_rule(loaded.tokenizer) or 'llama-bpe'
+  pre = tokenizer_keys.exact_rule(loaded.tokenizer) or 'llama-bpe'
   wanted = {
     prompt: load.complete(loaded, prompt, new_tokens=24) for prompt in PROMPTS
   }

@@ -19,7 +19,7 @@ import numpy as np
 from tests import tiny
 from tritera_jax.checkpoint import save
 from tritera_jax.data import tokenizer as tokenizer_lib
-from tritera_jax.interop import to_gguf
+from tritera_jax.interop.gguf import to_gguf
 from tritera_jax.model import decoder
 from tritera_jax.model.config import ModelConfig
 

@@ -9,7 +9,9 @@ import safetensors.numpy
 from tests.interop import gguf_golden
 from tritera_jax import cli
 from tritera_jax.checkpoint import pack, restore
-from tritera_jax.interop import importing, to_gguf, to_huggingface, verify
+from tritera_jax.interop import verify
+from tritera_jax.interop.gguf import to_gguf
+from tritera_jax.interop.huggingface import importing, to_huggingface
 from tritera_jax.interop.verify import DifferenceError
 
 

@@ -12,7 +12,7 @@ from tyro.conf import Positional
 
 
 def import_run(args: list[str]):
-  from tritera_jax.interop import importing
+  from tritera_jax.interop.huggingface import importing
 
   def run(
     path: Positional[str],
@@ -68,7 +68,7 @@ def export(args: list[str]):
 
 
 def _export_hf(args: list[str]):
-  from tritera_jax.interop import to_huggingface
+  from tritera_jax.interop.huggingface import to_huggingface
 
   def run(
     run: Positional[Path],
@@ -99,17 +99,17 @@ def _export_hf(args: list[str]):
 
 
 def _export_gguf(args: list[str]):
-  from tritera_jax.interop import gguf_plan, gguf_tokenizer, to_gguf
+  from tritera_jax.interop.gguf import tensor_plan, to_gguf, tokenizer_keys
 
   def run(
     run: Positional[Path],
     out: Path,
-    types: gguf_plan.Types,
-    otherwise: gguf_plan.Otherwise | None = None,
-    embedding: gguf_plan.FloatTypes = 'f16',
-    head: gguf_plan.FloatTypes = 'f16',
+    types: tensor_plan.Types,
+    otherwise: tensor_plan.Otherwise | None = None,
+    embedding: tensor_plan.FloatTypes = 'f16',
+    head: tensor_plan.FloatTypes = 'f16',
     step: int | None = None,
-    pre: gguf_tokenizer.Pre | None = None,
+    pre: tokenizer_keys.Pre | None = None,
     sample: Path | None = None,
     end: str | None = None,
     licence: str | None = None,

@@ -21,14 +21,9 @@ import numpy as np
 
 from tritera_jax.checkpoint import pack, packed_file, restore, save
 from tritera_jax.checkpoint.pack import Matrix
-from tritera_jax.interop import (
-  contents,
-  gguf_file,
-  gguf_model,
-  huggingface,
-  names,
-)
-from tritera_jax.interop.safetensors_file import TensorFiles
+from tritera_jax.interop.gguf import gguf_file, layout
+from tritera_jax.interop.huggingface import config_file, contents, names
+from tritera_jax.interop.huggingface.safetensors_file import TensorFiles
 from tritera_jax.model.config import ModelConfig
 from tritera_jax.ternary import latents
 from tritera_kernels import fingerprint, packed
@@ -219,7 +214,7 @@ def _packed(model: packed_file.PackedModel) -> Iterator[Matrix]:
 
 
 def _huggingface(folder: Path) -> Artefact:
-  described = huggingface.read_config(folder / 'config.json')
+  described = config_file.read_config(folder / 'config.json')
   with TensorFiles(folder) as files:
     contents.check_tensors(files, described, folder)
     weights = contents.decide(files, described, None)
@@ -260,10 +255,10 @@ def _gguf(path: Path) -> Artefact:
   file = gguf_file.read(path)
   if 'tritera.model' in file.metadata:
     return Artefact(
-      path, 'gguf', gguf_model.read_config(file), 'float32',
-      lambda _: gguf_model.read_matrices(file),
+      path, 'gguf', layout.read_config(file), 'float32',
+      lambda _: layout.read_matrices(file),
     )  # fmt: skip
   return Artefact(
     path, 'gguf', None, 'float16',
-    lambda config: gguf_model.read_foreign(file, config),
+    lambda config: layout.read_foreign(file, config),
   )  # fmt: skip

@@ -14,7 +14,7 @@ from tritera_jax import cli
 from tritera_jax.checkpoint import restore, save
 from tritera_jax.data import loader, shards
 from tritera_jax.generate import load
-from tritera_jax.interop import architectures, importing
+from tritera_jax.interop.huggingface import architectures, importing
 from tritera_jax.model import decoder, quantized
 from tritera_jax.train import start
 
@@ -39,7 +39,7 @@ def imported(tmp_path, kind, *, change=None, settings=None, **options):
 
 @pytest.mark.parametrize('kind', checkpoints.KINDS)
 def test_a_run_holds_the_tensors_of_the_checkpoint(kind, tmp_path):
-  """To the bit; tests.interop.test_golden compares what is computed of them."""
+  """To the bit; test_golden compares what is computed of them."""
   found = checkpoints.tensors(kind)
   source = checkpoints.write(
     tmp_path / 'hf', checkpoints.KINDS[kind], found, shards=3

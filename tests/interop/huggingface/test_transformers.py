@@ -17,7 +17,7 @@ import pytest
 from safetensors.numpy import load_file
 
 from tests.interop import runs
-from tests.interop.test_golden import (
+from tests.interop.huggingface.test_golden import (
   CASES,
   GOLDEN,
   RELATIVE,
@@ -27,7 +27,7 @@ from tests.interop.test_golden import (
 )
 from tritera_jax.checkpoint import pack, restore
 from tritera_jax.data import tokenizer as tokenizer_lib
-from tritera_jax.interop import importing, to_huggingface
+from tritera_jax.interop.huggingface import importing, to_huggingface
 
 
 def interpreter() -> str | None:

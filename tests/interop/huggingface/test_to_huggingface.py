@@ -15,10 +15,10 @@ from safetensors.numpy import load_file
 
 from tests import tiny
 from tests.interop import runs
-from tests.interop.test_golden import checkpoint
+from tests.interop.huggingface.test_golden import checkpoint
 from tritera_jax.checkpoint import pack, restore
 from tritera_jax.cli import main
-from tritera_jax.interop import importing, to_huggingface
+from tritera_jax.interop.huggingface import importing, to_huggingface
 
 # config.json fields that transformers writes and that mean something.
 _MEANT = [

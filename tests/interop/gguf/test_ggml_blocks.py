@@ -7,7 +7,7 @@ import gguf
 import numpy as np
 import pytest
 
-from tritera_jax.interop import gguf_blocks
+from tritera_jax.interop.gguf import ggml_blocks
 
 KINDS = {
   'tq1_0': gguf.GGMLQuantizationType.TQ1_0,
@@ -36,10 +36,10 @@ def matrix(N: int, K: int, S: int, axis: str, seed: int = 0):
 
 
 def packed(type, codes, scale, axis):
-  half = gguf_blocks.half_scales(scale)
+  half = ggml_blocks.half_scales(scale)
   assert half.change == 0
-  spread = gguf_blocks.spread_scales(type, codes.shape, half.values, axis)
-  return gguf_blocks.pack(type, codes, spread)
+  spread = ggml_blocks.spread_scales(type, codes.shape, half.values, axis)
+  return ggml_blocks.pack(type, codes, spread)
 
 
 @pytest.mark.parametrize('type', KINDS)
@@ -71,37 +71,37 @@ def test_bytes_by_hand():
   # 1 1 1 0 0 is 117.
   fives = [-(-256 * v // 243) for v in (202, 121, 120, 117)]
   wanted = bytes([fives[0]] + [fives[1]] * 47 + [fives[2]] * 3 + [fives[3]])
-  data = gguf_blocks.pack('tq1_0', codes, one)
+  data = ggml_blocks.pack('tq1_0', codes, one)
   assert data.tobytes() == wanted + b'\x00\x3c'
   wanted = bytes([0x56] + [0x55] * 62 + [0x15])
-  data = gguf_blocks.pack('tq2_0', codes, one)
+  data = ggml_blocks.pack('tq2_0', codes, one)
   assert data.tobytes() == wanted + b'\x00\x3c'
-  data = gguf_blocks.pack('q2_0', codes, np.ones((1, 4), np.float16))
+  data = ggml_blocks.pack('q2_0', codes, np.ones((1, 4), np.float16))
   zeros = bytes(2) + b'\x55' * 16
   assert data[0, :18].tobytes() == b'\x00\x3c\x56' + b'\x55' * 15
   assert data[0, 18:54].tobytes() == 2 * zeros
   assert data[0, 54:].tobytes() == b'\x00\x3c' + b'\x55' * 15 + b'\x15'
 
 
-@pytest.mark.parametrize('type', gguf_blocks.BLOCK_TYPES)
+@pytest.mark.parametrize('type', ggml_blocks.BLOCK_TYPES)
 @pytest.mark.parametrize('axis', ['out', 'in'])
 def test_codes_and_scales_come_back(type, axis):
   codes, scale, _ = matrix(6, 1536, 2, axis)
   data = packed(type, codes, scale, axis)
-  found, blocks = gguf_blocks.unpack(type, data)
+  found, blocks = ggml_blocks.unpack(type, data)
   np.testing.assert_array_equal(found, codes)
-  gathered = gguf_blocks.gathered_scales(blocks, 2, axis)
+  gathered = ggml_blocks.gathered_scales(blocks, 2, axis)
   np.testing.assert_array_equal(gathered, scale)
   # Row by row it is the same.
-  rows = [gguf_blocks.unpack(type, data[n : n + 1])[0][0] for n in range(6)]
+  rows = [ggml_blocks.unpack(type, data[n : n + 1])[0][0] for n in range(6)]
   np.testing.assert_array_equal(rows, codes)
 
 
 def test_the_scale_of_each_block_must_be_its_matrixs():
   codes, scale, _ = matrix(4, 512, 2, 'in')
-  _, blocks = gguf_blocks.unpack('tq2_0', packed('tq2_0', codes, scale, 'in'))
+  _, blocks = ggml_blocks.unpack('tq2_0', packed('tq2_0', codes, scale, 'in'))
   with pytest.raises(ValueError, match="along 'out' is .* one of its blocks"):
-    gguf_blocks.gathered_scales(blocks, 2, 'out')
+    ggml_blocks.gathered_scales(blocks, 2, 'out')
 
 
 def test_o_of_trilm_1_1b_fits_q2_0_alone():
@@ -111,7 +111,7 @@ def test_o_of_trilm_1_1b_fits_q2_0_alone():
     with pytest.raises(ValueError, match='scale is of 896 of 1792 .* two'):
       packed(type, codes, scale, 'in')
   data = packed('q2_0', codes, scale, 'in')
-  found, blocks = gguf_blocks.unpack('q2_0', data)
+  found, blocks = ggml_blocks.unpack('q2_0', data)
   np.testing.assert_array_equal(found, codes)
   assert blocks[0].tolist() == [scale[0]] * 14 + [scale[1]] * 14
 
@@ -119,13 +119,13 @@ def test_o_of_trilm_1_1b_fits_q2_0_alone():
 @pytest.mark.parametrize('type, K', [('tq1_0', 896), ('q2_0', 100)])
 def test_rows_that_are_no_whole_blocks_are_refused(type, K):
   with pytest.raises(ValueError, match=f'{type} has blocks of .* {K} inputs'):
-    gguf_blocks.row_bytes(type, K)
+    ggml_blocks.row_bytes(type, K)
 
 
 def test_a_scale_that_float16_has_not_is_rounded_and_said():
-  exact = gguf_blocks.half_scales(np.array([0.5, 0], np.float32))
+  exact = ggml_blocks.half_scales(np.array([0.5, 0], np.float32))
   assert exact.change == 0
-  rounded = gguf_blocks.half_scales(np.array([0.5, 0.1], np.float32))
+  rounded = ggml_blocks.half_scales(np.array([0.5, 0.1], np.float32))
   # 0.1 is 1.6 / 16, and 1.6 in eleven bits is 1638 / 1024.
   assert rounded.values[1] == 1638 / 2**14
   assert rounded.change == pytest.approx(1 - 16380 / 2**14, rel=1e-4)
@@ -134,18 +134,18 @@ def test_a_scale_that_float16_has_not_is_rounded_and_said():
 @pytest.mark.parametrize('scale', [np.nan, np.inf, 7e4, -0.1, 1e-8])
 def test_a_scale_out_of_range_is_refused(scale):
   with pytest.raises(ValueError, match='float16'):
-    gguf_blocks.half_scales(np.array([1, scale], np.float32))
+    ggml_blocks.half_scales(np.array([1, scale], np.float32))
 
 
 def test_codes_and_bytes_that_are_not_ternary_are_refused():
   codes = np.full((1, 256), 2, np.int8)
-  for type in gguf_blocks.BLOCK_TYPES:
+  for type in ggml_blocks.BLOCK_TYPES:
     with pytest.raises(ValueError, match='codes from 2 to 2'):
-      gguf_blocks.pack(type, codes, np.ones((1, 4), np.float16))
-    data = np.full((1, gguf_blocks.row_bytes(type, 256)), 0xFF, np.uint8)
+      ggml_blocks.pack(type, codes, np.ones((1, 4), np.float16))
+    data = np.full((1, ggml_blocks.row_bytes(type, 256)), 0xFF, np.uint8)
     if type == 'tq1_0':
       data[:] = 1  # ceil(256 / 243) is 2: 1 is nobody's
     with pytest.raises(ValueError, match=f'block 0 of {type} has the byte'):
-      gguf_blocks.unpack(type, data)
+      ggml_blocks.unpack(type, data)
   with pytest.raises(ValueError, match='rows of 55 bytes'):
-    gguf_blocks.unpack('tq1_0', np.zeros((1, 55), np.uint8))
+    ggml_blocks.unpack('tq1_0', np.zeros((1, 55), np.uint8))

@@ -10,12 +10,12 @@ import pytest
 from safetensors.numpy import load_file
 
 from tritera_jax.checkpoint import restore
-from tritera_jax.interop import importing
+from tritera_jax.interop.huggingface import importing
 from tritera_jax.model import decoder
 from tritera_jax.model.config import ModelConfig
 from tritera_jax.model.decoder import Params
 
-GOLDEN = Path(__file__).parent / 'golden'
+GOLDEN = Path(__file__).parents[1] / 'golden'
 CASES = sorted(path.parent.name for path in GOLDEN.glob('*/config.json'))
 # Those whose file does not say that their values are ternary.
 TERNARY = {'trilm_2', 'trilm_3', 'bitnet', 'bitlinear'}

@@ -10,8 +10,8 @@ import numpy as np
 
 from tritera_jax.checkpoint import pack
 from tritera_jax.checkpoint.pack import Matrix
-from tritera_jax.interop import gguf_blocks, gguf_model
-from tritera_jax.interop.gguf_blocks import BLOCK_TYPES, BlockType
+from tritera_jax.interop.gguf import ggml_blocks, layout
+from tritera_jax.interop.gguf.ggml_blocks import BLOCK_TYPES, BlockType
 from tritera_jax.model import quantized
 from tritera_jax.model.config import ModelConfig
 from tritera_jax.model.decoder import Params
@@ -75,8 +75,8 @@ def plan_tensors(
     _floats(name, kinds.get(name, 'f32'), functools.partial(np.asarray, leaf))
     for name, leaf in rest.items()
   ]
-  for name, linear, layer in gguf_model.matrices(config):
-    order = gguf_model.row_order(config, linear)
+  for name, linear, layer in layout.matrices(config):
+    order = layout.row_order(config, linear)
     if config.family == 'float':
       weights = quantized.latents(config, params)[linear]
       make = functools.partial(_reordered, weights, layer, order)
@@ -89,13 +89,13 @@ def plan_tensors(
       plan.append(_floats(name, kind, make))
       continue
     try:
-      half = gguf_blocks.half_scales(matrix.scale_S)
+      half = ggml_blocks.half_scales(matrix.scale_S)
     except ValueError as error:
       raise ValueError(f"{name}: {error}; give types='f32'") from None
     if kind in BLOCK_TYPES:
       make = functools.partial(_blocks, matrix, order, kind)
       planned = Planned(
-        gguf_model.tensor_name(name), kind, matrix.codes_NK.shape, make
+        layout.tensor_name(name), kind, matrix.codes_NK.shape, make
       )
     else:
       planned = _floats(name, kind, functools.partial(_dense, matrix, order))
@@ -139,7 +139,7 @@ def _matrix_type(
       return kind
     try:
       N, K = matrix.codes_NK.shape
-      gguf_blocks.spread_scales(kind, (N, K), matrix.scale_S, matrix.axis)
+      ggml_blocks.spread_scales(kind, (N, K), matrix.scale_S, matrix.axis)
       return kind
     except ValueError as error:
       problems.append(str(error))
@@ -149,12 +149,12 @@ def _matrix_type(
 def _blocks(matrix: Matrix, order: np.ndarray, kind: BlockType) -> np.ndarray:
   """A matrix in blocks, packed some rows at a time."""
   N, K = matrix.codes_NK.shape
-  half = gguf_blocks.half_scales(matrix.scale_S).values
-  half_NB = gguf_blocks.spread_scales(kind, (N, K), half, matrix.axis)
-  data = np.empty((N, gguf_blocks.row_bytes(kind, K)), np.uint8)
+  half = ggml_blocks.half_scales(matrix.scale_S).values
+  half_NB = ggml_blocks.spread_scales(kind, (N, K), half, matrix.axis)
+  data = np.empty((N, ggml_blocks.row_bytes(kind, K)), np.uint8)
   done = 0
-  for rows in np.array_split(order, -(-N * K // gguf_model.CHUNK)):
-    part = gguf_blocks.pack(kind, matrix.codes_NK[rows], half_NB[rows])
+  for rows in np.array_split(order, -(-N * K // layout.CHUNK)):
+    part = ggml_blocks.pack(kind, matrix.codes_NK[rows], half_NB[rows])
     data[done : done + len(rows)] = part
     done += len(rows)
   return data
@@ -182,4 +182,4 @@ def _floats(name: str, kind: str, make: Callable[[], np.ndarray]) -> Planned:
     raise ValueError(
       f"{name} holds {largest:g}, past float16's 65504; give type 'f32' for it"
     )
-  return Planned(gguf_model.tensor_name(name), kind, values.shape, make)
+  return Planned(layout.tensor_name(name), kind, values.shape, make)

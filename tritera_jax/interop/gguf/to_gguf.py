@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """A run's checkpoint to a GGUF file that llama.cpp runs.
 
-`gguf_model` says what the file holds. The architecture is `llama`, or `qwen3`
+`layout` says what the file holds. The architecture is `llama`, or `qwen3`
 for a model with qk_norm. Shapes: N outputs, K inputs, S scale blocks.
 """
 
@@ -16,14 +16,14 @@ import numpy as np
 from tritera_jax.checkpoint import restore
 from tritera_jax.data import shards
 from tritera_jax.data import tokenizer as tokenizer_lib
-from tritera_jax.interop import (
+from tritera_jax.interop.gguf import (
   gguf_file,
-  gguf_model,
-  gguf_plan,
-  gguf_tokenizer,
+  layout,
+  tensor_plan,
+  tokenizer_keys,
 )
-from tritera_jax.interop.gguf_blocks import BLOCK_TYPES
-from tritera_jax.interop.gguf_plan import (
+from tritera_jax.interop.gguf.ggml_blocks import BLOCK_TYPES
+from tritera_jax.interop.gguf.tensor_plan import (
   FloatTypes,
   Matrix,
   Otherwise,
@@ -83,7 +83,7 @@ def export(
   embedding: FloatTypes = 'f16',
   head: FloatTypes = 'f16',
   step: int | None = None,
-  pre: gguf_tokenizer.Pre | None = None,
+  pre: tokenizer_keys.Pre | None = None,
   sample: str | Path | None = None,
   end: str | None = None,
   name: str | None = None,
@@ -130,8 +130,8 @@ def export(
       'this model does not attend across documents, llama.cpp does: give it '
       'one at a time'
     )
-  matrices = gguf_plan.ternary_matrices(config, params)
-  plan = gguf_plan.plan_tensors(
+  matrices = tensor_plan.ternary_matrices(config, params)
+  plan = tensor_plan.plan_tensors(
     config, params, matrices, types, otherwise, embedding, head
   )
   proof = ''
@@ -211,11 +211,11 @@ def check_expressible(config: ModelConfig) -> str:
 def _tokenizer(
   config: ModelConfig,
   tokenizer: Any,
-  pre: gguf_tokenizer.Pre | None,
+  pre: tokenizer_keys.Pre | None,
   end: str | None,
   sample: str | Path | None,
   data: str,
-) -> tuple[gguf_tokenizer.Vocabulary, str, list[str]]:
+) -> tuple[tokenizer_keys.Vocabulary, str, list[str]]:
   """What the file says of tokens, its rule for text, and remarks."""
   if end is None:
     end_id = tokenizer_lib.end_of_text_id(tokenizer)
@@ -232,16 +232,16 @@ def _tokenizer(
       'its tokenizer normalises text first, llama.cpp does not: give it text '
       'in that form'
     )
-  words = gguf_tokenizer.vocabulary(tokenizer, config.padded_vocab_size, end_id)
-  exact = gguf_tokenizer.exact_rule(tokenizer)
-  rules = ', '.join(gguf_tokenizer.RULES)
+  words = tokenizer_keys.vocabulary(tokenizer, config.padded_vocab_size, end_id)
+  exact = tokenizer_keys.exact_rule(tokenizer)
+  rules = ', '.join(tokenizer_keys.RULES)
   if pre is None and exact is None:
     raise ValueError(
       'llama.cpp has no rule that cuts text as this tokenizer does; name the '
       f'nearest with pre ({rules}), and the export says how many ids are the '
       'same; tokenizers of `tritera prepare --pieces llama-3` have a rule'
     )
-  if pre is not None and pre not in gguf_tokenizer.RULES:
+  if pre is not None and pre not in tokenizer_keys.RULES:
     raise ValueError(f'pre={pre!r} is none of {rules}')
   if pre is None or pre == exact:
     assert exact is not None
@@ -251,7 +251,7 @@ def _tokenizer(
   if text is None:
     remarks.append(f'{remark}; by how much: name a text with sample')
   else:
-    share = gguf_tokenizer.agreement(tokenizer, pre, text)
+    share = tokenizer_keys.agreement(tokenizer, pre, text)
     remarks.append(
       f'{remark}: {100 * share:.1f} % of the tokens of {len(text):,} '
       f'characters of {sample or data} are the same there'
@@ -310,7 +310,7 @@ def _begin(tokenizer: Any) -> int | None:
 
 def _add_tokenizer(
   writer: Any,
-  words: gguf_tokenizer.Vocabulary,
+  words: tokenizer_keys.Vocabulary,
   pre: str,
   begin: int | None,
 ):
@@ -334,7 +334,7 @@ def _add_ours(
   proof: str,
   matrices: dict[str, Matrix],
 ):
-  writer.add_uint32('tritera.version', gguf_model.VERSION)
+  writer.add_uint32('tritera.version', layout.VERSION)
   writer.add_string('tritera.model', json.dumps(dataclasses.asdict(config)))
   writer.add_uint32('tritera.step', step)
   if matrices:
@@ -382,6 +382,6 @@ def _prove(partial: Path, plan: list[Planned], proof: str):
     raise ValueError(f'{partial} holds {there}, not {wanted}')
   found = ''
   if proof:
-    found = fingerprint.trit_fingerprint(gguf_model.read_matrices(file))
+    found = fingerprint.trit_fingerprint(layout.read_matrices(file))
   if found != proof:
     raise ValueError(f'{partial} holds {found}, the latents are {proof}')

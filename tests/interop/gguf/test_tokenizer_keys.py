@@ -12,7 +12,7 @@ import tokenizers
 from tokenizers import decoders, models, normalizers, pre_tokenizers, trainers
 
 from tritera_jax.data import tokenizer as tokenizer_lib
-from tritera_jax.interop import gguf_tokenizer
+from tritera_jax.interop.gguf import tokenizer_keys
 
 TEXTS = [
   "def f(x):\n    return x + 1\n\n\nclass A:\n    '''It's 2024.'''\n" * 3,
@@ -46,20 +46,20 @@ def of_gpt2() -> tokenizers.Tokenizer:
   [('gpt-2', 'gpt-2'), ('llama-3', 'llama-bpe'), ('code', None)],
 )
 def test_pieces_that_llama_cpp_knows_have_a_rule(pieces, rule):
-  assert gguf_tokenizer.exact_rule(trained(pieces)) == rule
+  assert tokenizer_keys.exact_rule(trained(pieces)) == rule
 
 
 def test_the_rule_of_bytelevel_is_gpt_2s():
   ours, theirs = trained('gpt-2'), of_gpt2()
-  assert gguf_tokenizer.exact_rule(theirs) == 'gpt-2'
+  assert tokenizer_keys.exact_rule(theirs) == 'gpt-2'
   theirs.normalizer = normalizers.NFC()  # GPT-NeoX's
-  assert gguf_tokenizer.exact_rule(theirs) == 'gpt-2'
+  assert tokenizer_keys.exact_rule(theirs) == 'gpt-2'
   # Our expression cuts as the library's own does.
   for text in (*TEXTS, "  a\n\n\tb 1234 it's  é\r\n ..!? \n"):
     cut = [pre.pre_tokenizer.pre_tokenize_str(text) for pre in (ours, theirs)]
     assert cut[0] == cut[1]
   theirs.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=True)
-  assert gguf_tokenizer.exact_rule(theirs) is None
+  assert tokenizer_keys.exact_rule(theirs) is None
 
 
 def test_llama_3_cuts_as_its_expression_says():
@@ -77,12 +77,12 @@ def test_merges_that_cannot_make_a_token_matter_to_llama_bpe():
   said = json.loads(trained('llama-3').to_str())
   said['model']['ignore_merges'] = False
   remade = tokenizers.Tokenizer.from_str(json.dumps(said))
-  assert gguf_tokenizer.exact_rule(remade) == 'llama-bpe'
+  assert tokenizer_keys.exact_rule(remade) == 'llama-bpe'
   said['model']['vocab']['zqx'] = len(said['model']['vocab'])
   remade = tokenizers.Tokenizer.from_str(json.dumps(said))
-  assert gguf_tokenizer.exact_rule(remade) is None
+  assert tokenizer_keys.exact_rule(remade) is None
   assert remade.encode('zqx').ids != [320]
-  emulated = gguf_tokenizer.as_llama_cpp(remade, 'llama-bpe')
+  emulated = tokenizer_keys.as_llama_cpp(remade, 'llama-bpe')
   assert emulated.encode('zqx').tokens == ['zqx']
 
 
@@ -90,7 +90,7 @@ def test_what_a_vocabulary_holds():
   tokenizer = trained('gpt-2')
   tokenizer.add_tokens(['[UNUSED321]', '<plain>'])
   size = tokenizer.get_vocab_size()
-  words = gguf_tokenizer.vocabulary(tokenizer, size + 2, 0)
+  words = tokenizer_keys.vocabulary(tokenizer, size + 2, 0)
   assert len(words.tokens) == len(set(words.tokens)) == size + 2
   assert words.tokens[0] == '<|endoftext|>' and words.kinds[0] == 3
   assert words.kinds[1:257] == [1] * 256
@@ -99,7 +99,7 @@ def test_what_a_vocabulary_holds():
   merges = json.loads(tokenizer.to_str())['model']['merges']
   assert words.merges == [f'{a} {b}' for a, b in merges]
   with pytest.raises(ValueError, match=f'ids up to {size - 1}, the model 300'):
-    gguf_tokenizer.vocabulary(tokenizer, 300, 0)
+    tokenizer_keys.vocabulary(tokenizer, 300, 0)
 
 
 def test_other_kinds_of_tokenizers_are_refused():
@@ -107,27 +107,27 @@ def test_other_kinds_of_tokenizers_are_refused():
   with pytest.raises(
     ValueError, match='WordLevel with decoder None.*; only byte'
   ):
-    gguf_tokenizer.vocabulary(word, 8, 0)
+    tokenizer_keys.vocabulary(word, 8, 0)
   lower = trained('gpt-2')
   lower.normalizer = normalizers.Lowercase()
   with pytest.raises(ValueError, match='changes text first .*Lowercase'):
-    gguf_tokenizer.vocabulary(lower, 512, 0)
+    tokenizer_keys.vocabulary(lower, 512, 0)
   said = json.loads(trained('gpt-2').to_str())
   said['model']['byte_fallback'] = True
   with pytest.raises(ValueError, match='byte_fallback=True; only byte'):
-    gguf_tokenizer.vocabulary(
+    tokenizer_keys.vocabulary(
       tokenizers.Tokenizer.from_str(json.dumps(said)), 512, 0
     )
 
 
 def test_agreement_counts_tokens_in_place():
   tokenizer = trained('code')
-  assert gguf_tokenizer.agreement(trained('gpt-2'), 'gpt-2', TEXTS[0]) == 1
+  assert tokenizer_keys.agreement(trained('gpt-2'), 'gpt-2', TEXTS[0]) == 1
   # 'code' has the line end and its spaces as one token, gpt-2's rule none of
   # both; 'x' is one token, in place, either way.
   text = 'x\n    x'
   assert tokenizer.encode(text).tokens == ['x', 'ĊĠĠĠĠ', 'x']
-  share = gguf_tokenizer.agreement(tokenizer, 'gpt-2', text)
+  share = tokenizer_keys.agreement(tokenizer, 'gpt-2', text)
   assert share == 1 / 3  # ' x' is a piece there
   with pytest.raises(ValueError, match='without a token'):
-    gguf_tokenizer.agreement(tokenizer, 'gpt-2', '')
+    tokenizer_keys.agreement(tokenizer, 'gpt-2', '')

@@ -29,13 +29,13 @@ import numpy as np
 
 from tritera_jax.checkpoint import pack, restore, save
 from tritera_jax.data import tokenizer as tokenizer_lib
-from tritera_jax.interop import (
+from tritera_jax.interop import verify
+from tritera_jax.interop.huggingface import (
   architectures,
   model_card,
   names,
   new_folder,
   safetensors_writer,
-  verify,
 )
 from tritera_jax.model.config import ModelConfig
 from tritera_jax.model.decoder import Params

@@ -25,8 +25,8 @@ from typing import Any, Literal, NoReturn
 import pydantic
 
 from tritera_jax import validated
-from tritera_jax.interop import json_file, names
-from tritera_jax.interop.architectures import ARCHITECTURES
+from tritera_jax.interop.huggingface import json_file, names
+from tritera_jax.interop.huggingface.architectures import ARCHITECTURES
 from tritera_jax.model.config import ModelConfig
 
 ScaleMeaning = Literal['factor', 'divisor']

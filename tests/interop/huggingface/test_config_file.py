@@ -6,21 +6,21 @@ import pytest
 
 from tests import tiny
 from tests.interop import checkpoints
-from tritera_jax.interop import architectures, huggingface
+from tritera_jax.interop.huggingface import architectures, config_file
 from tritera_jax.model.config import ModelConfig
 
 BITNET = checkpoints.BITNET
 
 
 def described(kind='llama', **fields):
-  return huggingface.describe(
+  return config_file.describe(
     {**checkpoints.KINDS[kind], **fields}, 'config.json'
   )
 
 
 def test_bitnet_2b_as_microsoft_published_it():
   """Fields of microsoft/bitnet-b1.58-2B-4T."""
-  found = huggingface.describe(
+  found = config_file.describe(
     {
       'architectures': ['BitNetForCausalLM'], 'model_type': 'bitnet',
       'attention_bias': False, 'attention_dropout': 0.0,
@@ -64,12 +64,12 @@ def test_what_is_left_out_is_as_transformers_has_it():
     for name, value in checkpoints.KINDS['llama'].items()
     if name not in ('rope_theta', 'num_key_value_heads', 'tie_word_embeddings')
   }
-  model = huggingface.describe(bare, 'config.json').model
+  model = config_file.describe(bare, 'config.json').model
   assert (model.rope_theta, model.kv_heads, model.head_dim) == (1e4, 4, 12)
 
   def of(architecture, model_type):
     fields = {**bare, 'architectures': [architecture], 'model_type': model_type}
-    return huggingface.describe(fields, 'config.json').model
+    return config_file.describe(fields, 'config.json').model
 
   assert of('Qwen3ForCausalLM', 'qwen3').head_dim == 128
   assert of('BitNetForCausalLM', 'bitnet').rope_theta == 5e5
@@ -133,8 +133,8 @@ def test_sliding_windows_of_mistral_and_qwen_are_refused():
               'architectures': ['MistralForCausalLM'],
               'max_position_embeddings': 8192}  # fmt: skip
   with pytest.raises(ValueError, match='sliding_window=4096 is not known'):
-    huggingface.describe(settings, 'config.json')
-  huggingface.describe({**settings, 'sliding_window': None}, 'config.json')
+    config_file.describe(settings, 'config.json')
+  config_file.describe({**settings, 'sliding_window': None}, 'config.json')
   with pytest.raises(ValueError, match='use_sliding_window=True'):
     described('qwen3', use_sliding_window=True)
 
@@ -160,7 +160,7 @@ def test_text_that_is_no_config_is_refused(text, words, tmp_path):
   file = tmp_path / 'config.json'
   file.write_text(text)
   with pytest.raises(ValueError, match=f'config.json.*{words}'):
-    huggingface.read_config(file)
+    config_file.read_config(file)
 
 
 PLAIN = dataclasses.replace(tiny.MODEL, qk_norm=False, scale_blocks=1)
@@ -224,8 +224,8 @@ def test_our_own_object_must_say_what_the_rest_says():
   settings['rope_parameters'] = {
     'rope_type': 'default', 'rope_theta': settings.pop('rope_theta'),
   }  # fmt: skip
-  found = huggingface.describe(settings, 'config.json')
+  found = config_file.describe(settings, 'config.json')
   assert (found.model, found.fingerprint) == (model, 'trits1:0')
   settings['intermediate_size'] = 192
   with pytest.raises(ValueError, match='d_ff: 96, 192 beside it'):
-    huggingface.describe(settings, 'config.json')
+    config_file.describe(settings, 'config.json')

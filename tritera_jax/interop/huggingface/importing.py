@@ -25,17 +25,17 @@ from tritera_jax.experiment import (
   OptimizerConfig,
   RunConfig,
 )
-from tritera_jax.interop import (
+from tritera_jax.interop.huggingface import (
+  config_file,
   contents,
   hub,
-  huggingface,
   matrices,
   names,
   new_folder,
 )
-from tritera_jax.interop.contents import Dtype, Weights
-from tritera_jax.interop.huggingface import Description
-from tritera_jax.interop.safetensors_file import TensorFiles
+from tritera_jax.interop.huggingface.config_file import Description
+from tritera_jax.interop.huggingface.contents import Dtype, Weights
+from tritera_jax.interop.huggingface.safetensors_file import TensorFiles
 from tritera_jax.model import decoder
 from tritera_jax.model.config import ModelConfig
 from tritera_jax.ternary import latents as latents_lib
@@ -91,7 +91,7 @@ def import_run(
   out = Path(out)
   new_folder.check(out)
   folder = hub.local(str(source))
-  described = huggingface.read_config(folder / 'config.json')
+  described = config_file.read_config(folder / 'config.json')
   with TensorFiles(folder) as files:
     contents.check_tensors(files, described, folder)
     contents.check_tokenizer(folder / 'tokenizer.json', described.model)

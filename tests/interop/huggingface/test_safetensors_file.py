@@ -6,8 +6,8 @@ import ml_dtypes
 import numpy as np
 import pytest
 
-from tritera_jax.interop import safetensors_file
-from tritera_jax.interop.safetensors_file import TensorFiles
+from tritera_jax.interop.huggingface import safetensors_file
+from tritera_jax.interop.huggingface.safetensors_file import TensorFiles
 
 
 def entry(dtype='F32', shape=(4,), begin=0, end=16):

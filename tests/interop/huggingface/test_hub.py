@@ -5,7 +5,7 @@ import huggingface_hub
 import pytest
 
 from tests.interop import checkpoints
-from tritera_jax.interop import hub
+from tritera_jax.interop.huggingface import hub
 
 
 def test_only_what_is_needed_is_fetched(tmp_path, monkeypatch):

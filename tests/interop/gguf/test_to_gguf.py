@@ -13,12 +13,13 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from tests.interop import ggml, gguf_golden
+from tests.interop import gguf_golden
+from tests.interop.gguf import ggml
 from tests.interop.gguf_golden import LLAMA, QWEN3, VOCABULARY
 from tests.model import oracle
 from tritera_jax.checkpoint import pack
 from tritera_jax.data import prepare
-from tritera_jax.interop import gguf_file, gguf_model, gguf_plan, to_gguf
+from tritera_jax.interop.gguf import gguf_file, layout, tensor_plan, to_gguf
 from tritera_kernels import fingerprint
 
 IDS = gguf_golden.ids()
@@ -97,14 +98,14 @@ def test_the_file_computes_what_the_run_does(
   assert report.architecture == ('qwen3' if config.qk_norm else 'llama')
   if config.family == 'float':
     with pytest.raises(ValueError, match='FloatLM, which has no codes'):
-      next(gguf_model.read_matrices(gguf_file.read(file)))
+      next(layout.read_matrices(gguf_file.read(file)))
     return
   latent = pack.latent_fingerprint(config, params)
   read = gguf_file.read(file)
-  assert gguf_model.read_config(read) == config
+  assert layout.read_config(read) == config
   assert latent == report.fingerprint
   assert latent == read.value('tritera.fingerprint', str)
-  matrices = gguf_model.read_matrices(read)
+  matrices = layout.read_matrices(read)
   assert fingerprint.trit_fingerprint(matrices) == latent
 
 
@@ -178,22 +179,22 @@ def test_what_is_not_in_the_run_is_refused(options, message, run, tmp_path):
   assert not (tmp_path / 'out').exists()
 
 
-def zeros(config) -> dict[str, gguf_plan.Matrix]:
+def zeros(config) -> dict[str, pack.Matrix]:
   """Matrices of no use but for their shapes."""
   S = config.scale_blocks
   return {
-    place.name: gguf_plan.Matrix(
+    place.name: pack.Matrix(
       place.name,
       np.zeros(config.linears[place.linear][1::-1], np.int8),
       np.ones(S, np.float32),
       config.linears[place.linear].scale_axis,
     )
-    for place in gguf_model.matrices(config)
+    for place in layout.matrices(config)
   }
 
 
 def planned(config, matrices, types='tq2_0', otherwise=None, floats='f16'):
-  return gguf_plan.plan_tensors(
+  return tensor_plan.plan_tensors(
     config, gguf_golden.random_params(config), matrices, types, otherwise,
     floats, floats,
   )  # fmt: skip
@@ -216,10 +217,10 @@ def test_weights_that_are_no_numbers_are_refused(leaf, value, message):
     part = part[name]
   part[last] = jnp.full_like(part[last], value)
   with pytest.raises(ValueError, match=message):
-    gguf_plan.plan_tensors(
+    tensor_plan.plan_tensors(
       LLAMA,
       params,
-      gguf_plan.ternary_matrices(LLAMA, params),
+      tensor_plan.ternary_matrices(LLAMA, params),
       'tq2_0',
       None,
       'f16',
@@ -292,13 +293,13 @@ def test_a_damaged_file_is_no_longer_the_models(run, tmp_path):
     return gguf_file.read(other)
 
   with pytest.raises(ValueError, match='ffn_up.weight: block 0 .* byte 0x01'):
-    list(gguf_model.read_matrices(damaged(tensor.offset, 1)))
+    list(layout.read_matrices(damaged(tensor.offset, 1)))
   with pytest.raises(ValueError, match='block 0 of our row 0 has the scale'):
     at = tensor.offset + 53
-    list(gguf_model.read_matrices(damaged(at, data[at] ^ 1)))
+    list(layout.read_matrices(damaged(at, data[at] ^ 1)))
   other = damaged(tensor.offset, data[tensor.offset] ^ 0)
   wanted = sound.value('tritera.fingerprint', str)
-  matrices = gguf_model.read_matrices
+  matrices = layout.read_matrices
   assert fingerprint.trit_fingerprint(matrices(other)) == wanted
   known = [b for b in range(256) if -(-256 * (b * 243 // 256) // 243) == b]
   byte = next(b for b in known if b != data[tensor.offset])
@@ -315,7 +316,7 @@ def test_files_of_others_do_not_say_which_scales_they_have(tmp_path):
   writer.write_tensors_to_file()
   writer.close()
   with pytest.raises(ValueError, match='not exported by tritera'):
-    gguf_model.read_config(gguf_file.read(tmp_path / 'other.gguf'))
+    layout.read_config(gguf_file.read(tmp_path / 'other.gguf'))
 
 
 def test_without_the_package_the_extra_is_named(run, tmp_path, monkeypatch):

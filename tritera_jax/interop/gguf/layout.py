@@ -28,9 +28,9 @@ import numpy as np
 import pydantic
 
 from tritera_jax.checkpoint.pack import Matrix
-from tritera_jax.interop import gguf_blocks
-from tritera_jax.interop.gguf_blocks import BLOCK_TYPES, LAYOUTS
-from tritera_jax.interop.gguf_file import GgufFile, Tensor
+from tritera_jax.interop.gguf import ggml_blocks
+from tritera_jax.interop.gguf.ggml_blocks import BLOCK_TYPES, LAYOUTS
+from tritera_jax.interop.gguf.gguf_file import GgufFile, Tensor
 from tritera_jax.model.config import ModelConfig
 from tritera_jax.validated import from_json
 
@@ -142,7 +142,7 @@ def read_foreign(file: GgufFile, config: ModelConfig) -> Iterator[Matrix]:
     axis = config.linears[place.linear].scale_axis
     with _naming(file, place):
       codes_NK, half_NB = _unpacked(file, config, place)
-      half_S = gguf_blocks.gathered_scales(half_NB, config.scale_blocks, axis)
+      half_S = ggml_blocks.gathered_scales(half_NB, config.scale_blocks, axis)
     yield Matrix(place.name, codes_NK, half_S.astype(np.float32), axis)
 
 
@@ -171,7 +171,7 @@ def _read_codes(
     # Rounded to the type of the file, where a code of 1 is the scale.
     kept_S = scale_S
     if tensor.type == 'f16':
-      kept_S = gguf_blocks.half_scales(scale_S).values.astype(np.float32)
+      kept_S = ggml_blocks.half_scales(scale_S).values.astype(np.float32)
     along = np.repeat(kept_S, (N if axis == 'out' else K) // len(kept_S))
     dense_NK = file.floats(tensor.name)
     codes_NK = np.empty((N, K), np.int8)
@@ -180,8 +180,8 @@ def _read_codes(
     if not np.array_equal(expected[order], dense_NK):
       raise ValueError('its weights are not the codes times tritera.scales')
     return codes_NK
-  half_S = gguf_blocks.half_scales(scale_S).values
-  half_NB = gguf_blocks.spread_scales(tensor.type, (N, K), half_S, axis)
+  half_S = ggml_blocks.half_scales(scale_S).values
+  half_NB = ggml_blocks.spread_scales(tensor.type, (N, K), half_S, axis)
   codes_NK, found_NB = _unpacked(file, config, place)
   blank_NB = ~codes_NK.reshape(*found_NB.shape, -1).any(axis=2)
   wrong_NB = found_NB != np.where(blank_NB, 0, half_NB)
@@ -212,7 +212,7 @@ def _unpacked(
   for rows in np.array_split(order, -(-N * K // CHUNK)):
     part = data[done : done + len(rows)]
     done += len(rows)
-    codes_NK[rows], half_NB[rows] = gguf_blocks.unpack(tensor.type, part)
+    codes_NK[rows], half_NB[rows] = ggml_blocks.unpack(tensor.type, part)
   return codes_NK, half_NB
 
 

@@ -16,7 +16,7 @@ from typing import Literal, NamedTuple
 
 import numpy as np
 
-from tritera_jax.interop import safetensors_file
+from tritera_jax.interop.huggingface import safetensors_file
 
 Dtype = Literal['F32', 'F16', 'BF16', 'U8']
 _BYTES: dict[Dtype, int] = {'F32': 4, 'F16': 2, 'BF16': 2, 'U8': 1}

@@ -4,7 +4,7 @@
 from pathlib import Path
 import re
 
-from tritera_jax.interop import safetensors_file
+from tritera_jax.interop.huggingface import safetensors_file
 
 _SCHEME = 'hf://'
 _NAME = re.compile(

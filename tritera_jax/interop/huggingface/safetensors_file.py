@@ -15,7 +15,7 @@ import ml_dtypes
 import numpy as np
 import safetensors
 
-from tritera_jax.interop import json_file
+from tritera_jax.interop.huggingface import json_file
 
 SINGLE = 'model.safetensors'
 INDEX = 'model.safetensors.index.json'

@@ -10,9 +10,9 @@ import numpy as np
 
 from tritera_jax.checkpoint import pack
 from tritera_jax.data import tokenizer as tokenizer_lib
-from tritera_jax.interop import matrices, names
-from tritera_jax.interop.huggingface import Description
-from tritera_jax.interop.safetensors_file import TensorFiles
+from tritera_jax.interop.huggingface import matrices, names
+from tritera_jax.interop.huggingface.config_file import Description
+from tritera_jax.interop.huggingface.safetensors_file import TensorFiles
 from tritera_jax.model.config import ModelConfig
 from tritera_jax.ternary.quantize import ScaleAxis
 

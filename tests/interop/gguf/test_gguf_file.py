@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from tests.drills import fuzz_gguf
-from tritera_jax.interop import gguf_file
+from tritera_jax.interop.gguf import gguf_file
 
 Types = gguf.GGMLQuantizationType
 

@@ -7,7 +7,7 @@ import pytest
 from tests.drills import llama_cpp_reads
 from tests.interop import gguf_golden
 from tritera_jax.data import tokenizer as tokenizer_lib
-from tritera_jax.interop import gguf_tokenizer
+from tritera_jax.interop.gguf import tokenizer_keys
 
 pytest.importorskip(
   'llama_cpp',
@@ -25,7 +25,7 @@ def test_llama_cpp_computes_what_it_did(name):
   tokenizer = tokenizer_lib.train_tokenizer(
     [gguf_golden.TEXT], gguf_golden.VOCABULARY, 'llama-3'
   )
-  assert gguf_tokenizer.exact_rule(tokenizer) == 'llama-bpe'
+  assert tokenizer_keys.exact_rule(tokenizer) == 'llama-bpe'
   for text in (gguf_golden.TEXT, llama_cpp_reads.TEXT):
     ids = model.tokenize(text.encode(), add_bos=False, special=False)
     assert ids == tokenizer.encode(text).ids

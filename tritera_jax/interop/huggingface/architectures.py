@@ -7,7 +7,7 @@ Meanings are those of `huggingface`, which reads such files.
 import dataclasses
 from typing import Any, Literal
 
-from tritera_jax.interop import names
+from tritera_jax.interop.huggingface import names
 from tritera_jax.model.config import ModelConfig
 
 Form = Literal['unpacked', 'packed', 'latents']
