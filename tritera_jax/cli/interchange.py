@@ -19,6 +19,7 @@ def import_run(args: list[str]):
     out: Path,
     weights: importing.Weights | None = None,
     dtype: Literal['float32', 'bfloat16'] | None = None,
+    activation_bits: Literal[8] | None = None,
   ):
     """Makes a run folder of a Hugging Face checkpoint.
 
@@ -29,12 +30,15 @@ def import_run(args: list[str]):
       weights: what matrices hold: ternary, latents (which take any floats, to
         train on as a ternary model) or float; default: as the files say.
       dtype: compute dtype of the run; default: float32.
+      activation_bits: 8: matrices take int8 activations, for latents whose
+        config.json does not say so.
     """
     report = importing.import_run(
       path,
       out,
       weights=weights,
       dtype=dtype,
+      activation_bits=activation_bits,
       progress=functools.partial(tqdm.tqdm, unit='tensor', leave=False),
     )
     print(

@@ -218,7 +218,7 @@ def _huggingface(folder: Path) -> Artefact:
   with TensorFiles(folder) as files:
     contents.check_tensors(files, described, folder)
     weights = contents.decide(files, described, None)
-    config = contents.model_of(described, weights, None)
+    config = contents.model_of(described, weights)
     linears = [
       tensor
       for tensor in names.tensors(config, described.architecture).values()

@@ -118,6 +118,26 @@ def test_any_floats_can_be_latents(tmp_path):
   )
 
 
+def test_int8_activations_that_no_file_speaks_of(tmp_path):
+  """As the latents of Falcon-E lie: a plain Llama by its config.json."""
+  imported(tmp_path, 'llama', weights='latents', activation_bits=8)
+  model = save.read_experiment(tmp_path / 'run').model
+  assert (model.activation_bits, model.scale_floor) == (8, True)
+  # The same as what says so of itself.
+  stated = {'quantization_config': {
+    **checkpoints.BITNET, 'linear_class': 'autobitlinear',
+    'quantization_mode': 'online',
+  }}  # fmt: skip
+  imported(tmp_path / 'stated', 'llama', settings=stated)
+  assert model == save.read_experiment(tmp_path / 'stated/run').model
+
+
+def test_a_float_model_rounds_no_activations(tmp_path):
+  with pytest.raises(ValueError, match='activation_bits=8 is of ternary'):
+    imported(tmp_path, 'llama', activation_bits=8)
+  assert not (tmp_path / 'run').exists()
+
+
 def put(name, place, value):
   def change(found):
     found[name] = found[name].copy()

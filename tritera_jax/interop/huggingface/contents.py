@@ -194,12 +194,25 @@ def blocks(model: ModelConfig, tensor: names.Tensor) -> tuple[int, ScaleAxis]:
 def model_of(
   described: Description,
   kind: Weights,
-  dtype: Dtype | None,
+  dtype: Dtype | None = None,
+  activation_bits: Literal[8] | None = None,
 ) -> ModelConfig:
-  """The model of the run to be made; `dtype` None: as it is described."""
+  """The model of the run to be made; None: as it is described.
+
+  Raises:
+    ValueError: a FloatLM is to round activations.
+  """
   model = described.model
   if dtype is not None:
     model = dataclasses.replace(model, dtype=dtype)
+  if activation_bits is not None:
+    if kind == 'float':
+      raise ValueError(
+        f'activation_bits={activation_bits} is of ternary models, and weights '
+        "are taken as float; give weights='latents' if these are a ternary "
+        "model's"
+      )
+    model = dataclasses.replace(model, activation_bits=activation_bits)
   family = 'float' if kind == 'float' else 'ternary'
   if model.family == family:
     return model
@@ -212,9 +225,12 @@ def model_of(
       vocab_size=model.padded_vocab_size,
       vocab_multiple=1,
     )
-  # Every released scale is within reach of a floor, not of a sum with eps.
+  # Every released scale is within reach of a floor, not of a sum with eps;
+  # and those who round activations have a floor in training, too.
   return dataclasses.replace(
-    model, family='ternary', scale_floor=kind == 'ternary'
+    model,
+    family='ternary',
+    scale_floor=kind == 'ternary' or model.activation_bits is not None,
   )
 
 

@@ -11,7 +11,7 @@ from collections.abc import Iterator, Mapping
 import json
 from pathlib import Path
 import shutil
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import jax
 from jaxtyping import PyTree
@@ -67,6 +67,7 @@ def import_run(
   *,
   weights: Weights | None = None,
   dtype: Dtype | None = None,
+  activation_bits: Literal[8] | None = None,
   progress=iter,
 ) -> Report:
   """Writes a new run folder from a folder of config.json and safetensors.
@@ -80,6 +81,9 @@ def import_run(
       file contradicts is refused. Latents can be any floats.
     dtype: compute dtype of the run's model; default: float32, or what it was
       before it was exported from here.
+    activation_bits: 8: matrices take int8 activations and their scales have
+      BitNet's floor, which latents without a quantization_config do not say
+      of themselves (those of Falcon-E's revision `prequantized`).
     progress: wraps the iterable of tensors, as tqdm does.
 
   Raises:
@@ -96,7 +100,7 @@ def import_run(
     contents.check_tensors(files, described, folder)
     contents.check_tokenizer(folder / 'tokenizer.json', described.model)
     kind = contents.decide(files, described, weights)
-    model = contents.model_of(described, kind, dtype)
+    model = contents.model_of(described, kind, dtype, activation_bits)
     there = names.tensors(model, described.architecture)
     with new_folder.whole(out) as partial:
       _check_space(partial, model)
