@@ -1,14 +1,14 @@
 # SPDX-License-Identifier: Apache-2.0
 """A run's latents to a packed model; `packed_file` is what lies on disk."""
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Mapping
 import dataclasses
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Float32, Int8
+from jaxtyping import Array, Float32, Int8
 import numpy as np
 
 from tritera_jax.checkpoint import packed_file, restore
@@ -74,7 +74,7 @@ def pack_model(
   params: Params,
   *,
   format: str,
-  activations: Activations = 'float',
+  activations: Activations | None = None,
   head: Head | None = None,
 ) -> PackedModel:
   """Packs a TriLM's latents.
@@ -83,7 +83,8 @@ def pack_model(
     config: of a ternary model.
     params: its latents.
     format: 'two_bit' or 'base_three'.
-    activations: what the model is to be run with, unless the caller says.
+    activations: what the model is to be run with, unless the caller says;
+      default: what it was trained with.
     head: 'int8' rounds head and embedding row by row; 'float' leaves them.
       Default: int8 beside int8 activations.
 
@@ -95,6 +96,38 @@ def pack_model(
     raise ValueError(
       f'model.family={config.family!r} cannot be packed; only ternary can'
     )
+  return pack_parts(
+    config,
+    matrices(config, params),
+    _rest(config, params),
+    format=format,
+    activations=activations,
+    head=head,
+  )
+
+
+def pack_parts(
+  config: ModelConfig,
+  parts: Iterable[Matrix],
+  rest: Mapping[str, Float32[Array | np.ndarray, '...']],
+  *,
+  format: str,
+  activations: Activations | None = None,
+  head: Head | None = None,
+) -> PackedModel:
+  """Packs matrices one by one.
+
+  Args:
+    config: of a ternary model.
+    parts: its matrices.
+    rest: its other parameters, by the names of `packed_file`, not rounded.
+    format: as of `pack_model`, and so activations and head.
+
+  Raises:
+    ValueError: packed models cannot express it, or an unknown format.
+  """
+  if activations is None:
+    activations = 'int8' if config.activation_bits == 8 else 'float'
   packed_file.check_expressible(config, activations)
   made = {
     name: packed.pack(
@@ -103,30 +136,31 @@ def pack_model(
       format=format,
       scale_axis=axis,
     )
-    for name, codes_NK, scale_S, axis in matrices(config, params)
+    for name, codes_NK, scale_S, axis in parts
   }
+  kept: dict[str, Any] = dict(rest)
+  if (head or ('int8' if activations == 'int8' else 'float')) == 'int8':
+    kept['embed'] = byte_matrix.quantize_rows(kept['embed'])
+    kept['head'] = byte_matrix.quantize_rows(kept['head'].T)
   return PackedModel(
     config,
     format,
     activations,
     made,
-    _rest(
-      config, params, head or ('int8' if activations == 'int8' else 'float')
-    ),
+    kept,
     packed_file.packed_fingerprint(made),
   )
 
 
-def _rest(config: ModelConfig, params: Params, head: Head) -> dict[str, Any]:
+def _rest(
+  config: ModelConfig, params: Params
+) -> dict[str, Float32[Array, '...']]:
   """Every parameter that is not a linear layer's, by its name in the file."""
-  rest: dict[str, Any] = {
+  rest = {
     'embed': params['embed']['embedding'],
     'norm': params['norm']['scale'],
     'head': params['head']['kernel'],
   }
-  if head == 'int8':
-    rest['embed'] = byte_matrix.quantize_rows(rest['embed'])
-    rest['head'] = byte_matrix.quantize_rows(rest['head'].T)
   layers = params['layers']
   norms = {
     'attention_norm': layers['attention_norm']['scale'],
@@ -151,16 +185,23 @@ class PackReport:
   file_bytes: int
   fingerprint: str
 
+  def __str__(self) -> str:
+    return (
+      f'{self.folder}: {self.bits_per_weight:.3f} bits/weight, '
+      f'{self.file_bytes:,} bytes, {self.fingerprint}'
+    )
+
 
 def pack(
   run: str | Path,
   format: str = 'two_bit',
   *,
   step: int | None = None,
-  activations: Activations = 'float',
+  activations: Activations | None = None,
   head: Head | None = None,
+  out: str | Path | None = None,
 ) -> PackReport:
-  """Packs a run's checkpoint into `<run>/packed/<format>`.
+  """Packs a run's checkpoint into `out`, or else `<run>/packed/<format>`.
 
   Arguments are those of `pack_model`; the default step is the newest.
 
@@ -182,13 +223,24 @@ def pack(
     raise ValueError(
       f'{format} holds {model.fingerprint}, the latents are {latent}'
     )
-  folder = run / 'packed' / format
-  packed_file.write(model, folder, run / 'tokenizer.json')
+  folder = Path(out) if out else run / 'packed' / format
+  return write(model, folder, run / 'tokenizer.json')
+
+
+def write(
+  model: PackedModel, folder: Path, tokenizer: str | Path
+) -> PackReport:
+  """Writes and describes a packed folder.
+
+  Raises:
+    ValueError: see `packed_file.write`.
+  """
+  packed_file.write(model, folder, tokenizer)
   stored = sum(8 * m.nbytes for m in model.matrices.values())
   return PackReport(
     folder,
-    format,
-    stored / flops.linear_parameters(experiment.model),
+    model.format,
+    stored / flops.linear_parameters(model.config),
     (folder / 'model.safetensors').stat().st_size,
     model.fingerprint,
   )

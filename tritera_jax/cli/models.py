@@ -128,32 +128,40 @@ def evaluate(args: list[str]):
 def pack(args: list[str]):
   from tritera_jax.checkpoint import pack
   from tritera_jax.checkpoint.packed_file import Head
+  from tritera_jax.interop.huggingface import packing
   from tritera_kernels.matmul import Activations
 
   def run(
-    run: Positional[Path],
+    path: Positional[str],
     format: Literal['two_bit', 'base_three'] = 'two_bit',
+    out: Path | None = None,
     step: int | None = None,
-    activations: Activations = 'float',
+    activations: Activations | None = None,
     head: Head | None = None,
   ):
-    """Packs a run's ternary weights into RUN/packed/FORMAT.
+    """Packs ternary weights, of a run or straight from a Hugging Face folder.
 
     Args:
-      run: run folder.
+      path: run folder; or, with out, a folder with config.json, safetensors
+        and tokenizer.json, or hf://owner/name.
       format: two_bit or base_three.
-      step: which checkpoint; default: the newest.
+      out: folder to make; default: RUN/packed/FORMAT.
+      step: which checkpoint of a run; default: the newest.
       activations: what the packed model is to be run with: float, bfloat16 or
-        int8.
+        int8; default: what the model was trained with.
       head: int8 also rounds head and embedding; default: if activations are.
     """
-    report = pack.pack(
-      run, format, step=step, activations=activations, head=head
-    )
-    print(
-      f'{report.folder}: {report.bits_per_weight:.3f} bits/weight, '
-      f'{report.file_bytes:,} bytes, {report.fingerprint}'
-    )
+    how = {'format': format, 'activations': activations, 'head': head}
+    if not packing.is_checkpoint(path):
+      print(pack.pack(path, step=step, out=out, **how))
+      return
+    if out is None or step is not None:
+      raise ValueError(
+        f'{path} is a Hugging Face checkpoint: name the folder to make with '
+        '--out, and no --step'
+      )
+    bar = functools.partial(tqdm.tqdm, unit='matrix', leave=False)
+    print(packing.pack_checkpoint(path, out, progress=bar, **how))
 
   tyro.cli(run, args=args, prog='tritera pack')
 

@@ -22,10 +22,8 @@ import numpy as np
 from tritera_jax.checkpoint import pack, packed_file, restore, save
 from tritera_jax.checkpoint.pack import Matrix
 from tritera_jax.interop.gguf import gguf_file, layout
-from tritera_jax.interop.huggingface import config_file, contents, names
-from tritera_jax.interop.huggingface.safetensors_file import TensorFiles
+from tritera_jax.interop.huggingface import source
 from tritera_jax.model.config import ModelConfig
-from tritera_jax.ternary import latents
 from tritera_kernels import fingerprint, packed
 
 Kind = Literal['run', 'packed', 'huggingface', 'gguf']
@@ -214,41 +212,16 @@ def _packed(model: packed_file.PackedModel) -> Iterator[Matrix]:
 
 
 def _huggingface(folder: Path) -> Artefact:
-  described = config_file.read_config(folder / 'config.json')
-  with TensorFiles(folder) as files:
-    contents.check_tensors(files, described, folder)
-    weights = contents.decide(files, described, None)
-    config = contents.model_of(described, weights)
-    linears = [
-      tensor
-      for tensor in names.tensors(config, described.architecture).values()
-      if tensor.linear is not None
-    ]
-    # Scales are values of their own beside codes, or are in every value.
-    holder = linears[0].theirs
-    if described.weight_scale is not None:
-      holder = f'{linears[0].module}.weight_scale'
-    kept = _STORED.get(files.tensors[holder].dtype, 'float32')
-  if weights == 'float':
-    raise ValueError(f'{folder} is of a FloatLM, which has no codes')
-  if weights == 'latents':
-    kept = 'float32'
+  with source.opened(folder) as found:
+    if found.weights == 'float':
+      raise ValueError(f'{folder} is of a FloatLM, which has no codes')
+    kept = _STORED.get(found.scale_dtype, 'float32')
 
   def read(_: ModelConfig) -> Iterator[Matrix]:
-    with TensorFiles(folder) as files:
-      for tensor in linears:
-        blocks, axis = contents.blocks(config, tensor)
-        if weights == 'ternary':
-          codes_NK, scale_S = contents.ternary(files, described, config, tensor)
-        else:
-          latents_NK = contents.values(files, described, tensor)
-          codes_KN, scale_S = latents.ternarized(
-            latents_NK.T, blocks, axis, config.scale_floor
-          )
-          codes_NK = np.asarray(codes_KN).T
-        yield Matrix(tensor.name, codes_NK, np.asarray(scale_S), axis)
+    with source.opened(folder) as found:
+      yield from map(found.matrix, found.linears)
 
-  return Artefact(folder, 'huggingface', config, kept, read)
+  return Artefact(folder, 'huggingface', found.model, kept, read)
 
 
 def _gguf(path: Path) -> Artefact:

@@ -6,7 +6,7 @@ import re
 
 from tritera_jax.interop.huggingface import safetensors_file
 
-_SCHEME = 'hf://'
+SCHEME = 'hf://'
 _NAME = re.compile(
   r'hf://(?P<repo>[\w.-]+/[\w.-]+)(@(?P<revision>[\w./-]+))?', re.ASCII
 )
@@ -20,7 +20,7 @@ def local(source: str) -> Path:
     ValueError: it is no such name, or huggingface_hub is missing.
     OSError: it cannot be fetched.
   """
-  if not source.startswith(_SCHEME):
+  if not source.startswith(SCHEME):
     return Path(source)
   found = _NAME.fullmatch(source)
   if found is None:

@@ -26,16 +26,13 @@ from tritera_jax.experiment import (
   RunConfig,
 )
 from tritera_jax.interop.huggingface import (
-  config_file,
   contents,
   hub,
-  matrices,
   names,
   new_folder,
 )
-from tritera_jax.interop.huggingface.config_file import Description
+from tritera_jax.interop.huggingface import source as source_lib
 from tritera_jax.interop.huggingface.contents import Dtype, Weights
-from tritera_jax.interop.huggingface.safetensors_file import TensorFiles
 from tritera_jax.model import decoder
 from tritera_jax.model.config import ModelConfig
 from tritera_jax.ternary import latents as latents_lib
@@ -94,27 +91,23 @@ def import_run(
   """
   out = Path(out)
   new_folder.check(out)
-  folder = hub.local(str(source))
-  described = config_file.read_config(folder / 'config.json')
-  with TensorFiles(folder) as files:
-    contents.check_tensors(files, described, folder)
-    contents.check_tokenizer(folder / 'tokenizer.json', described.model)
-    kind = contents.decide(files, described, weights)
-    model = contents.model_of(described, kind, dtype, activation_bits)
-    there = names.tensors(model, described.architecture)
+  with source_lib.opened(
+    hub.local(str(source)),
+    weights=weights,
+    dtype=dtype,
+    activation_bits=activation_bits,
+  ) as found:
+    found.check_tokenizer()
     with new_folder.whole(out) as partial:
-      _check_space(partial, model)
+      _check_space(partial, found.model)
       (partial / 'staged').mkdir()
-      work = _Work(files, described, kind, model, partial / 'staged')
-      proof = work.fill(progress(list(there.values())))
-      if proof and described.fingerprint not in (None, proof):
-        raise ValueError(
-          f'{folder}: its codes and scales have {proof}, config.json says '
-          f'{described.fingerprint}; if the weights were changed since they '
-          'were exported, delete the object "tritera" from config.json'
-        )
-      report = Report(out, described.architecture, kind, proof, work.rounded)
-      _write(partial, model, work.params, report, str(source), folder)
+      work = _Work(found, partial / 'staged')
+      proof = work.fill(progress(found.tensors))
+      found.check_fingerprint(proof)
+      report = Report(
+        out, found.described.architecture, found.weights, proof, work.rounded
+      )
+      _write(partial, found, work.params, report, str(source))
   return report
 
 
@@ -138,23 +131,15 @@ class _Work:
     rounded: as of `Report`.
   """
 
-  def __init__(
-    self,
-    files: TensorFiles,
-    described: Description,
-    kind: Weights,
-    model: ModelConfig,
-    folder: Path,
-  ):
-    self.files, self.described = files, described
-    self.kind, self.model = kind, model
-    self.params = staged.empty(decoder.abstract_params(model), folder)
+  def __init__(self, found: source_lib.Source, folder: Path):
+    self.found = found
+    self.params = staged.empty(decoder.abstract_params(found.model), folder)
     self.rounded = 0
 
   def fill(self, tensors) -> str | None:
     """Fills all; the fingerprint of codes and scales."""
     found = self._each(tensors)
-    if self.kind != 'float':
+    if self.found.weights != 'float':
       return fingerprint.trit_fingerprint(found)
     for _ in found:
       pass
@@ -166,7 +151,8 @@ class _Work:
       if tensor.linear is not None:
         yield from self._put_matrix(tensor)
       else:
-        self._put_rest(tensor)
+        values = self.found.rest(tensor)
+        self._target(tensor)[...] = values.T if tensor.transposed else values
 
   def _target(self, tensor: names.Tensor) -> np.ndarray:
     leaf = self.params
@@ -174,31 +160,12 @@ class _Work:
       leaf = leaf[part]
     return leaf if tensor.layer is None else leaf[tensor.layer]
 
-  def _put_rest(self, tensor: names.Tensor):
-    theirs = tensor.theirs
-    if tensor.name == 'head' and self.described.tied:
-      values = self.files.read('model.embed_tokens.weight')
-      if theirs in self.files.tensors and not np.array_equal(
-        self.files.read(theirs), values
-      ):
-        raise ValueError(
-          f'{self.files.path}: config.json says tie_word_embeddings=true, and '
-          f'{theirs} is not model.embed_tokens.weight; set false, or delete '
-          'the tensor'
-        )
-    else:
-      values = self.files.read(theirs)
-    matrices.check_finite(values, theirs)
-    self._target(tensor)[...] = values.T if tensor.transposed else values
-
   def _put_matrix(self, tensor: names.Tensor) -> Iterator[tuple]:
-    blocks, axis = contents.blocks(self.model, tensor)
-    floor = self.model.scale_floor
-    wanted_S = None
-    if self.kind == 'ternary':
-      codes_NK, wanted_S = contents.ternary(
-        self.files, self.described, self.model, tensor
-      )
+    model, weights = self.found.model, self.found.weights
+    blocks, axis = contents.blocks(model, tensor)
+    floor, wanted_S = model.scale_floor, None
+    if weights == 'ternary':
+      _, codes_NK, wanted_S, _ = self.found.matrix(tensor)
       try:
         latents_KN = latents_lib.latents_of(
           codes_NK.T, wanted_S, axis, floor=floor, ulps=_ULPS
@@ -206,9 +173,9 @@ class _Work:
       except ValueError as error:
         raise ValueError(f'{tensor.theirs}: {error}') from None
     else:
-      latents_KN = contents.values(self.files, self.described, tensor).T
+      latents_KN = self.found.values(tensor).T
     self._target(tensor)[...] = latents_KN
-    if self.kind == 'float':
+    if weights == 'float':
       return
     codes_KN, scale_S = latents_lib.ternarized(latents_KN, blocks, axis, floor)
     codes_NK, scale_S = np.asarray(codes_KN).T, np.asarray(scale_S)
@@ -229,24 +196,23 @@ def _experiment(model: ModelConfig, out: Path) -> Experiment:
 
 def _write(
   partial: Path,
-  model: ModelConfig,
+  found: source_lib.Source,
   params: PyTree[StagedArray],
   report: Report,
   source: str,
-  folder: Path,
 ):
-  experiment = _experiment(model, report.folder)
+  experiment = _experiment(found.model, report.folder)
   with save.writing(partial, experiment.run) as checkpoints:
-    save.save(checkpoints, 0, model, save.Weights(params))
+    save.save(checkpoints, 0, found.model, save.Weights(params))
   shutil.rmtree(partial / 'staged')
-  shutil.copyfile(folder / 'tokenizer.json', partial / 'tokenizer.json')
+  shutil.copyfile(found.tokenizer, partial / 'tokenizer.json')
   record: Mapping[str, Any] = {
     'source': source,
     'architecture': report.architecture,
     'weights': report.weights,
     'fingerprint': report.fingerprint,
     'rounded': report.rounded,
-    'config': json.loads((folder / 'config.json').read_bytes()),
+    'config': json.loads((found.folder / 'config.json').read_bytes()),
   }
   (partial / RECORD).write_text(json.dumps(record, indent=2) + '\n')
   save.write_experiment(experiment, partial)

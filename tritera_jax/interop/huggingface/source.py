@@ -1,0 +1,163 @@
+# SPDX-License-Identifier: Apache-2.0
+"""A checkpoint to convert: what its files hold is decided, nothing is read."""
+
+from collections.abc import Iterator
+import contextlib
+from pathlib import Path
+from typing import Literal
+
+from jaxtyping import Float, Float32
+import numpy as np
+
+from tritera_jax.checkpoint.pack import Matrix
+from tritera_jax.interop.huggingface import (
+  config_file,
+  contents,
+  matrices,
+  names,
+)
+from tritera_jax.interop.huggingface.config_file import Description
+from tritera_jax.interop.huggingface.contents import Dtype, Weights
+from tritera_jax.interop.huggingface.safetensors_file import TensorFiles
+from tritera_jax.ternary import latents
+
+
+class Source:
+  """A folder's tensors, read one by one. Shapes: N outputs, K inputs.
+
+  Attributes:
+    folder: of config.json and safetensors.
+    described: what config.json says.
+    weights: what the blocks' matrices hold.
+    model: of the run or packed model to be made.
+    tensors: in the order of the forward pass.
+  """
+
+  def __init__(
+    self,
+    folder: Path,
+    files: TensorFiles,
+    described: Description,
+    weights: Weights | None,
+    dtype: Dtype | None,
+    activation_bits: Literal[8] | None,
+  ):
+    contents.check_tensors(files, described, folder)
+    self.folder, self.described = folder, described
+    self.weights: Weights = contents.decide(files, described, weights)
+    self.model = contents.model_of(
+      described, self.weights, dtype, activation_bits
+    )
+    self.tensors = list(
+      names.tensors(self.model, described.architecture).values()
+    )
+    self._files = files
+
+  @property
+  def linears(self) -> list[names.Tensor]:
+    return [tensor for tensor in self.tensors if tensor.linear is not None]
+
+  @property
+  def scale_dtype(self) -> str:
+    """What the scales are stored in, as safetensors calls it."""
+    if self.weights == 'latents':
+      return 'F32'  # they are computed
+    # They are values of their own beside codes, or are in every value.
+    holder = self.linears[0].theirs
+    if self.described.weight_scale is not None:
+      holder = f'{self.linears[0].module}.weight_scale'
+    return self._files.tensors[holder].dtype
+
+  def matrix(self, tensor: names.Tensor) -> Matrix:
+    """Codes and scales of one of `linears`, of a model that is ternary.
+
+    Raises:
+      ValueError: its values are not ternary, or one or a scale is NaN or
+        infinite: its place is named.
+    """
+    blocks, axis = contents.blocks(self.model, tensor)
+    if self.weights == 'ternary':
+      codes_NK, scale_S = contents.ternary(
+        self._files, self.described, self.model, tensor
+      )
+    else:
+      codes_KN, scale_S = latents.ternarized(
+        self.values(tensor).T, blocks, axis, self.model.scale_floor
+      )
+      codes_NK = np.asarray(codes_KN).T
+    return Matrix(tensor.name, codes_NK, np.asarray(scale_S), axis)
+
+  def values(self, tensor: names.Tensor) -> Float32[np.ndarray, 'N K']:
+    """Latents, or a FloatLM's values, of one of `linears`.
+
+    Raises:
+      ValueError: one is NaN or infinite, or a scale is none.
+    """
+    return contents.values(self._files, self.described, tensor)
+
+  def rest(self, tensor: names.Tensor) -> Float[np.ndarray, '...']:
+    """A tensor that is none of `linears`, as it is stored there.
+
+    Raises:
+      ValueError: a value is NaN or infinite, or head and embedding differ that
+        are said to be one.
+    """
+    values = self._files.read(
+      'model.embed_tokens.weight' if self._tied(tensor) else tensor.theirs
+    )
+    if (
+      self._tied(tensor)
+      and tensor.theirs in self._files.tensors
+      and not np.array_equal(self._files.read(tensor.theirs), values)
+    ):
+      raise ValueError(
+        f'{self._files.path}: config.json says tie_word_embeddings=true, and '
+        f'{tensor.theirs} is not model.embed_tokens.weight; set false, or '
+        'delete the tensor'
+      )
+    matrices.check_finite(values, tensor.theirs)
+    return values
+
+  def _tied(self, tensor: names.Tensor) -> bool:
+    return tensor.name == 'head' and self.described.tied
+
+  @property
+  def tokenizer(self) -> Path:
+    return self.folder / 'tokenizer.json'
+
+  def check_tokenizer(self):
+    """See `contents.check_tokenizer`."""
+    contents.check_tokenizer(self.tokenizer, self.described.model)
+
+  def check_fingerprint(self, made: str | None):
+    """Compares with what a file of ours says.
+
+    Raises:
+      ValueError: it says something else.
+    """
+    if made and self.described.fingerprint not in (None, made):
+      raise ValueError(
+        f'{self.folder}: its codes and scales have {made}, config.json says '
+        f'{self.described.fingerprint}; if the weights were changed since they '
+        'were exported, delete the object "tritera" from config.json'
+      )
+
+
+@contextlib.contextmanager
+def opened(
+  folder: Path,
+  *,
+  weights: Weights | None = None,
+  dtype: Dtype | None = None,
+  activation_bits: Literal[8] | None = None,
+) -> Iterator[Source]:
+  """A folder of config.json and safetensors; `importing` has the arguments.
+
+  Raises:
+    FileNotFoundError: a file is missing.
+    ValueError: the files contradict each other or the arguments, or are of a
+      model that ours cannot be.
+  """
+  described = config_file.read_config(folder / 'config.json')
+  with TensorFiles(folder) as files:
+    yield Source(folder, files, described, weights, dtype, activation_bits)
