@@ -262,7 +262,7 @@ def test_what_packed_models_cannot_express_is_refused(
   experiment, params = restore.restore_params(tiny_run)
   model = dataclasses.replace(experiment.model, **changes)
   with pytest.raises(ValueError, match=message):
-    pack.pack_model(model, params, format='two_bit')
+    pack.pack_model(model, params, format='two_bit', activations='float')
   rewrite(folder, {'model': json.dumps(dataclasses.asdict(model))})
   with pytest.raises(ValueError, match=message):
     packed_file.read(folder)
