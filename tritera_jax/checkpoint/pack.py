@@ -3,6 +3,8 @@
 
 from collections.abc import Iterator
 import dataclasses
+import functools
+import operator
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -127,17 +129,12 @@ def _rest(config: ModelConfig, params: Params, head: Head) -> dict[str, Any]:
   if head == 'int8':
     rest['embed'] = byte_matrix.quantize_rows(rest['embed'])
     rest['head'] = byte_matrix.quantize_rows(rest['head'].T)
-  layers = params['layers']
-  norms = {
-    'attention_norm': layers['attention_norm']['scale'],
-    'mlp_norm': layers['mlp_norm']['scale'],
-  }
-  if config.qk_norm:
-    for name in ('q_norm', 'k_norm'):
-      norms[f'attention.{name}'] = layers['attention'][name]['scale']
-  for name, stacked in norms.items():
+  for name in packed_file.block_norms(config):
+    stacked = functools.reduce(
+      operator.getitem, name.split('.'), params['layers']
+    )
     for layer in range(config.layers):
-      rest[f'layers.{layer}.{name}'] = stacked[layer]
+      rest[f'layers.{layer}.{name}'] = stacked['scale'][layer]
   return rest
 
 
