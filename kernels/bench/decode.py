@@ -34,7 +34,7 @@ from tritera_kernels.cpu import library
 from tritera_kernels.matmul import ACTIVATIONS, Activations
 
 
-def _config(D: int, F: int, H: int, G: int, h: int, L: int, V: int):
+def _config(D: int, F: int, H: int, G: int, h: int, L: int, V: int, **fields):
   return ModelConfig(
     family='ternary',
     vocab_size=V,
@@ -45,6 +45,7 @@ def _config(D: int, F: int, H: int, G: int, h: int, L: int, V: int):
     kv_heads=G,
     head_dim=h,
     context_length=2048,
+    **fields,
   )
 
 
@@ -52,7 +53,11 @@ CONFIGS = {
   '1.1b': _config(2048, 5632, 32, 4, 64, 22, 32_000),
   'trilm_3.9b': _config(3072, 9216, 24, 24, 128, 30, 50_277),
   'llama_7b': _config(4096, 11008, 32, 32, 128, 32, 32_000),
-}
+  'bitnet_2b': _config(
+    2560, 6912, 20, 5, 128, 30, 128_256,
+    sub_norm=True, mlp_activation='relu2', activation_bits=8, rope_theta=5e5,
+  ),
+}  # fmt: skip
 SMOKE = ModelConfig(
   family='ternary',
   vocab_size=128,

@@ -32,15 +32,17 @@ def _norm_matmul(x_MD, gain_D, matrices, *, epsilon, activations):
   return _multiply(reference.rms_norm(x_MD, gain_D, epsilon), w_ND)
 
 
-def _matmul_add(x_MK, w_NK, residual_MN, *, activations):
+def _matmul_add(x_MK, gain_K, w_NK, residual_MN, *, epsilon, activations):
   del activations
+  if gain_K is not None:
+    x_MK = reference.rms_norm(x_MK, gain_K, epsilon)
   return residual_MN + _multiply(x_MK, w_NK)
 
 
-def _swiglu_matmul_add(gate_up_M2F, w_NF, residual_MN, *, activations):
-  del activations
+def _gated_matmul_add(gate_up_M2F, gain_F, w_NF, residual_MN, *, gate, **rest):
   gate_MF, up_MF = jnp.split(gate_up_M2F, 2, axis=1)
-  return residual_MN + _multiply(jax.nn.silu(gate_MF) * up_MF, w_NF)
+  x_MF = reference.GATES[gate](gate_MF) * up_MF
+  return _matmul_add(x_MF, gain_F, w_NF, residual_MN, **rest)
 
 
 @jax.tree_util.register_dataclass
@@ -70,7 +72,7 @@ class DenseDecoder:
       _norm_matmul,
       fused.attention,
       _matmul_add,
-      _swiglu_matmul_add,
+      _gated_matmul_add,
       x_BTD.reshape(B * T, -1),
       self.layers,
       self.empty_cache(B, T) if cache is None else cache,
@@ -80,6 +82,7 @@ class DenseDecoder:
       head_dim=config.head_dim,
       theta=config.rope_theta,
       epsilon=config.norm_eps,
+      gate=config.mlp_activation,
       activations='bfloat16',
     )
     return x_MD.reshape(x_BTD.shape), cache
@@ -115,7 +118,7 @@ def random_dense_model(
   D, F = config.d_model, config.d_ff
   A = config.heads * config.head_dim
   X = A + 2 * config.kv_heads * config.head_dim
-  gain = lambda: jnp.ones((D,), jnp.float32)
+  gain = lambda width=D: jnp.ones((width,), jnp.float32)
   return DenseDecoder(
     embed=matrix(config.padded_vocab_size, D),
     layers=[
@@ -126,6 +129,8 @@ def random_dense_model(
         mlp_norm=gain(),
         gate_up=(matrix(2 * F, D),),
         down=matrix(D, F),
+        o_gain=gain(A) if config.sub_norm else None,
+        down_gain=gain(F) if config.sub_norm else None,
       )
       for _ in range(config.layers)
     ],

@@ -13,6 +13,8 @@ under `jax.shard_map`:
 
 Along 'out' each device has some outputs (column-parallel). Along 'in' it has
 some inputs, takes those of x, and the products are added (row-parallel).
+A norm of those inputs (`LayerWeights.o_gain`, `down_gain`) wants whole tokens,
+which a device that has some inputs has not.
 """
 
 import dataclasses

@@ -12,6 +12,7 @@ import pytest
 import safetensors
 import safetensors.numpy
 
+from tests.model.test_decoder import VARIANTS, parameters
 from tests.ternary import oracle
 from tritera_jax.checkpoint import pack, packed_file, restore
 from tritera_kernels import byte_matrix, fingerprint, packed
@@ -222,6 +223,24 @@ def test_the_bytes_digest_is_the_documented_bytes(folder):
   assert hashlib.sha256(stream).hexdigest() == metadata['bytes_digest']
 
 
+def test_gains_of_norms_inside_a_block_are_in_the_file(tiny_run, tmp_path):
+  config = VARIANTS['sub_norm']
+  params = parameters(config)
+  model = pack.pack_model(config, params, format='two_bit')
+  packed_file.write(model, tmp_path, tiny_run / 'tokenizer.json')
+  arrays = rewrite(tmp_path)
+  for part, width in (('attention', 40), ('mlp', 36)):
+    gains = params['layers'][part]['sub_norm']['scale']
+    for layer in range(2):
+      gain = arrays[f'layers.{layer}.{part}.sub_norm']
+      assert gain.shape == (width,)
+      np.testing.assert_array_equal(gain, gains[layer])
+  assert packed_file.read(tmp_path).config == config
+  rewrite(tmp_path, tensors={'layers.1.mlp.sub_norm': None})
+  with pytest.raises(ValueError, match='mlp.sub_norm: shape missing'):
+    packed_file.read(tmp_path)
+
+
 def test_what_is_read_lies_where_it_was_read_to(folder, monkeypatch):
   """On a CPU: one copy in memory, aligned for vectors."""
   filled = []
@@ -250,8 +269,6 @@ def test_only_a_finite_ternary_model_is_packed(tiny_run):
 @pytest.mark.parametrize(
   ('changes', 'message'),
   [
-    ({'mlp_activation': 'relu2'}, "mlp_activation='relu2' is not known to"),
-    ({'sub_norm': True}, 'model.sub_norm=True is not known to packed models'),
     ({'input_norm': True}, 'model.input_norm=True is not known to packed'),
     ({'activation_bits': 8}, "activations='float', and .* give .*'int8'"),
   ],

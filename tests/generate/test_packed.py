@@ -29,7 +29,7 @@ def relative(got, want):
   return float(jnp.abs(got - want).max() / jnp.abs(want).max())
 
 
-@pytest.mark.parametrize('name', ['ternary', 'grouped', 'qk_norm'])
+@pytest.mark.parametrize('name', ['ternary', 'grouped', 'qk_norm', 'sub_norm'])
 def test_logits_with_and_without_a_cache(name):
   latent, model = pair(name)
   tokens = tokens_of(2, 12)
@@ -50,8 +50,9 @@ def test_logits_with_and_without_a_cache(name):
   assert relative(jnp.concatenate(pieces, 1), want) < 2e-5
 
 
-def test_a_model_trained_with_int8_activations_runs_with_them():
-  config = dataclasses.replace(VARIANTS['qk_norm'], activation_bits=8)
+@pytest.mark.parametrize('name', ['qk_norm', 'sub_norm'])
+def test_a_model_trained_with_int8_activations_runs_with_them(name):
+  config = dataclasses.replace(VARIANTS[name], activation_bits=8)
   params = parameters(config)
   model = pack.pack_model(
     config, params, format='two_bit', activations='int8', head='float'
@@ -81,7 +82,7 @@ def test_joined_and_repacked_matrices_give_the_same_logits(activations):
   assert relative(forward(joined, tokens), forward(apart, tokens)) < least
 
 
-@pytest.mark.parametrize('name', ['ternary', 'qk_norm'])
+@pytest.mark.parametrize('name', ['ternary', 'qk_norm', 'sub_norm'])
 def test_documents_are_told_apart(name):
   latent, model = pair(name, document_separator=7)
   tokens = tokens_of(2, 12).at[0, 5].set(7).at[1, 2].set(7)

@@ -322,13 +322,18 @@ def test_layers_in_one_call_give_the_bits_of_the_graph(instruction_set):
       jnp.asarray(codes), jnp.asarray(scale), format=format, scale_axis=axis
     )
 
-  for format, activations, dtype, gains, blocks, B, T in (
-    ('two_bit', 'int8', 'bfloat16', False, 1, 1, 1),
-    ('base_three', 'float', 'int8', True, 2, 2, 1),
-    ('two_bit', 'float', 'bfloat16', True, 1, 2, 7),
-    ('base_three', 'int8', 'int8', False, 2, 3, 70),
+  # `gains` are of q, k, o and down.
+  for format, activations, dtype, gate, gains, blocks, B, T in (
+    ('two_bit', 'int8', 'bfloat16', 'silu', '', 1, 1, 1),
+    ('base_three', 'float', 'int8', 'silu', 'qk', 2, 2, 1),
+    ('two_bit', 'float', 'bfloat16', 'relu2', 'qkod', 1, 2, 7),
+    ('base_three', 'int8', 'int8', 'relu2', 'o', 2, 3, 70),
+    ('two_bit', 'int8', 'bfloat16', 'relu2', 'od', 1, 1, 1),
+    ('base_three', 'int8', 'bfloat16', 'silu', 'd', 1, 1, 9),
   ):
-    gain = lambda n, gains=gains: normal(rng, n) if gains else None
+    gain = lambda name, n, gains=gains: (
+      normal(rng, n) if name in gains else None
+    )
     layers = [
       fused.LayerWeights(
         normal(rng, D),
@@ -337,15 +342,17 @@ def test_layers_in_one_call_give_the_bits_of_the_graph(instruction_set):
         normal(rng, D),
         tuple(matrix(F, D, blocks) for _ in range(2)),
         matrix(D, F, blocks, 'in'),
-        gain(h),
-        gain(h),
+        gain('q', h),
+        gain('k', h),
+        gain('o', H * h),
+        gain('d', F),
       )
       for _ in range(L)
     ]
     caches = [fused.empty_cache(B, G, h, 128, dtype) for _ in range(L)]
     statics = {
       'heads': H, 'kv_heads': G, 'head_dim': h, 'theta': 1e4,
-      'epsilon': 1e-5, 'activations': activations,
+      'epsilon': 1e-5, 'gate': gate, 'activations': activations,
     }  # fmt: skip
     x = normal(rng, B * T, D)
     start = jnp.asarray(rng.integers(0, 128 - T, B), jnp.int32)
@@ -364,7 +371,7 @@ def test_layers_in_one_call_give_the_bits_of_the_graph(instruction_set):
     # An int8 rounding that falls the other way moves a token by a step.
     tolerance = 0.05 if activations == 'int8' or dtype == 'int8' else 0.02
     error = jnp.max(jnp.abs(near - exact)) / jnp.max(jnp.abs(exact))
-    assert error < tolerance, (format, activations, dtype, float(error))
+    assert error < tolerance, (format, activations, dtype, gate, float(error))
 
 
 def test_tokens_past_the_cache_are_refused_before_anything_is_written():

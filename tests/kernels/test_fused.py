@@ -86,22 +86,37 @@ def test_norm_matmul_of_bytes():
     fused.norm_matmul(x, gain, matrix, epsilon=EPSILON, activations='float')
 
 
+@pytest.mark.parametrize('implementation', [None, 'reference', 'composed'])
+@pytest.mark.parametrize('normed', [False, True])
 @pytest.mark.parametrize('activations', ACTIVATIONS)
 @pytest.mark.parametrize('blocks', [1, 3])
-def test_matmul_add_and_swiglu(blocks, activations):
+def test_matmuls_that_add(blocks, activations, normed, implementation):
   rng = RNG()
   gate_up, residual = normal(rng, 5, 84), normal(rng, 5, 8)
   matrix, w = ternary(rng, 8, 42, blocks, 'in')
+  gain = normal(rng, 42) if normed else None
+  statics = {
+    'epsilon': EPSILON,
+    'activations': activations,
+    'implementation': implementation,
+  }
+
+  def check(y, x):
+    if normed:
+      x = oracle.rms_norm(x, oracle.wide(gain), EPSILON)
+    check_matmul(np.asarray(y) - np.asarray(residual), x, w, activations)
+
   x = oracle.wide(gate_up)[:, :42]
-  y = fused.matmul_add(
-    jnp.asarray(x, jnp.float32), matrix, residual, activations=activations
-  )
-  check_matmul(np.asarray(y) - np.asarray(residual), x, w, activations)
-  y = fused.swiglu_matmul_add(
-    gate_up, matrix, residual, activations=activations
-  )
-  x = x / (1 + np.exp(-x)) * oracle.wide(gate_up)[:, 42:]
-  check_matmul(np.asarray(y) - np.asarray(residual), x, w, activations)
+  narrow = jnp.asarray(x, jnp.float32)
+  check(fused.matmul_add(narrow, gain, matrix, residual, **statics), x)
+  for gate, of_gate in (
+    ('silu', x / (1 + np.exp(-x))),
+    ('relu2', np.where(x > 0, x, 0) ** 2),
+  ):
+    y = fused.gated_matmul_add(
+      gate_up, gain, matrix, residual, gate=gate, **statics
+    )
+    check(y, of_gate * oracle.wide(gate_up)[:, 42:])
 
 
 H, G, WIDTH, THETA = 6, 2, 8, 500.0
@@ -242,6 +257,9 @@ def layers_of(model):
     gains = {}
     if model.config.qk_norm:
       gains = {f'{n}_gain': get(f'attention.{n}_norm') for n in 'qk'}
+    if model.config.sub_norm:
+      gains['o_gain'] = get('attention.sub_norm')
+      gains['down_gain'] = get('mlp.sub_norm')
     yield fused.LayerWeights(**matrices, **norms, **gains)
 
 
@@ -252,6 +270,8 @@ def layers_of(model):
     ('grouped', 'base_three', None),
     ('qk_norm', 'two_bit', 'composed'),
     ('grouped', 'two_bit', 'reference'),
+    ('sub_norm', 'base_three', None),
+    ('sub_norm', 'two_bit', 'reference'),
   ],
 )
 def test_decoder_layers_are_those_of_the_numpy_decoder(
@@ -273,6 +293,7 @@ def test_decoder_layers_are_those_of_the_numpy_decoder(
       head_dim=config.head_dim,
       theta=config.rope_theta,
       epsilon=config.norm_eps,
+      gate=config.mlp_activation,
       activations='float',
       implementation=implementation,
     ),
@@ -309,7 +330,7 @@ def test_a_loop_in_jit_carries_the_caches():
         x, layers, caches, n[None],
         heads=config.heads, kv_heads=config.kv_heads,
         head_dim=config.head_dim, theta=config.rope_theta,
-        epsilon=config.norm_eps, activations='int8',
+        epsilon=config.norm_eps, gate='silu', activations='int8',
       )  # fmt: skip
       return n + 1, x, caches
 
@@ -361,13 +382,22 @@ def test_attention_that_cannot_be_is_refused(change, message):
     fused.attention(**(arguments | change))
 
 
+FLOAT = {'epsilon': EPSILON, 'activations': 'float'}
+
+
 @pytest.mark.parametrize(
   ('call', 'message'),
   [
-    (lambda m, x: fused.matmul_add(x, m, x, activations='float'), '40 wide'),
+    (lambda m, x: fused.matmul_add(x, None, m, x, **FLOAT), '40 wide'),
     (
-      lambda m, x: fused.matmul_add(x[:, :8], m, x, activations='float'),
+      lambda m, x: fused.matmul_add(x[:, :8], None, m, x, **FLOAT),
       'residual_MN has shape',
+    ),
+    (
+      lambda m, x: fused.gated_matmul_add(
+        x[:, :16], x[0, :7], m, x[:, :12], gate='silu', **FLOAT
+      ),
+      r'gain_F has shape \(7,\); the matrix takes 8',
     ),
     (
       lambda m, x: fused.norm_matmul(
@@ -376,8 +406,12 @@ def test_attention_that_cannot_be_is_refused(change, message):
       "activations='int4' must be",
     ),
     (
-      lambda m, x: fused.swiglu_matmul_add(x, m, x, activations='float'),
+      lambda m, x: fused.gated_matmul_add(x, None, m, x, gate='silu', **FLOAT),
       'gate_up_M2F is 20 wide',
+    ),
+    (
+      lambda m, x: fused.gated_matmul_add(x, None, m, x, gate='gelu', **FLOAT),
+      "gate='gelu' must be 'silu' or 'relu2'",
     ),
   ],
 )

@@ -325,6 +325,7 @@ def test_all_layers_of_a_decoder_lower_for_a_tpu():
       head_dim=16,
       theta=1e4,
       epsilon=1e-5,
+      gate='silu',
       activations='int8',
     )
   )

@@ -129,7 +129,8 @@ def test_a_decoder_layer_in_tensor_parallel(implementation):
   cache = fused.empty_cache(1, G, h, 64)
   start = jnp.zeros(1, jnp.int32)
   statics = {
-    'head_dim': h, 'theta': 1e4, 'epsilon': 1e-5, 'activations': 'float',
+    'head_dim': h, 'theta': 1e4, 'epsilon': 1e-5, 'gate': 'silu',
+    'activations': 'float',
   }  # fmt: skip
   want, wanted = fused.decoder_layers(
     x, [layer], [cache], start, heads=H, kv_heads=G, **statics
@@ -163,7 +164,7 @@ def test_a_decoder_layer_in_tensor_parallel(implementation):
       functools.partial(reference.norm_matmul, matmul=column),
       fused.attention,
       functools.partial(reference.matmul_add, matmul=row),
-      functools.partial(reference.swiglu_matmul_add, matmul=row),
+      functools.partial(reference.gated_matmul_add, matmul=row),
       heads=H // n,
       kv_heads=G // n,
       **statics,

@@ -3,6 +3,8 @@
 
 from collections.abc import Iterable, Iterator, Mapping
 import dataclasses
+import functools
+import operator
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -161,17 +163,12 @@ def _rest(
     'norm': params['norm']['scale'],
     'head': params['head']['kernel'],
   }
-  layers = params['layers']
-  norms = {
-    'attention_norm': layers['attention_norm']['scale'],
-    'mlp_norm': layers['mlp_norm']['scale'],
-  }
-  if config.qk_norm:
-    for name in ('q_norm', 'k_norm'):
-      norms[f'attention.{name}'] = layers['attention'][name]['scale']
-  for name, stacked in norms.items():
+  for name in packed_file.block_norms(config):
+    stacked = functools.reduce(
+      operator.getitem, name.split('.'), params['layers']
+    )
     for layer in range(config.layers):
-      rest[f'layers.{layer}.{name}'] = stacked[layer]
+      rest[f'layers.{layer}.{name}'] = stacked['scale'][layer]
   return rest
 
 

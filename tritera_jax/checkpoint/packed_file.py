@@ -311,25 +311,30 @@ def check_expressible(config: ModelConfig, activations: Activations):
   """Refuses what the fused operations would compute otherwise.
 
   Raises:
-    ValueError: the model has norms or an MLP that they have not, or was
-      trained with int8 activations and is to run with others.
+    ValueError: the model has norms that they have not, or was trained with
+      int8 activations and is to run with others.
   """
-  for field, known in (
-    ('mlp_activation', 'silu'),
-    ('sub_norm', False),
-    ('input_norm', False),
-  ):
-    value = getattr(config, field)
-    if value != known:
-      raise ValueError(
-        f'model.{field}={value!r} is not known to packed models, only '
-        f'{known!r} is; evaluate and generate from the run itself'
-      )
+  if config.input_norm:
+    raise ValueError(
+      'model.input_norm=True is not known to packed models, only False is; '
+      'evaluate and generate from the run itself'
+    )
   if config.activation_bits == 8 and activations != 'int8':
     raise ValueError(
       f'activations={activations!r}, and model.activation_bits=8 was trained '
       "with int8 ones; give activations='int8'"
     )
+
+
+def block_norms(config: ModelConfig) -> dict[str, int]:
+  """The norms of a layer, by their names in it, and how wide they are."""
+  norms = {'attention_norm': config.d_model, 'mlp_norm': config.d_model}
+  if config.qk_norm:
+    norms |= {f'attention.{x}_norm': config.head_dim for x in 'qk'}
+  if config.sub_norm:
+    norms['attention.sub_norm'] = config.heads * config.head_dim
+    norms['mlp.sub_norm'] = config.d_ff
+  return norms
 
 
 def tensor_shapes(
@@ -346,11 +351,8 @@ def tensor_shapes(
     shapes |= {'embed': ('F32', (V, D)), 'head': ('F32', (D, V))}
   for layer in range(config.layers):
     prefix = f'layers.{layer}'
-    for norm in ('attention_norm', 'mlp_norm'):
-      shapes[f'{prefix}.{norm}'] = ('F32', (D,))
-    if config.qk_norm:
-      for norm in ('attention.q_norm', 'attention.k_norm'):
-        shapes[f'{prefix}.{norm}'] = ('F32', (config.head_dim,))
+    for norm, width in block_norms(config).items():
+      shapes[f'{prefix}.{norm}'] = ('F32', (width,))
     for name, spec in config.linears.items():
       segments = config.scale_blocks if spec.scale_axis == 'in' else 1
       row = packed.row_bytes(format, spec.in_features, segments)

@@ -91,6 +91,7 @@ class PackedDecoder:
       'head_dim': config.head_dim,
       'theta': config.rope_theta,
       'epsilon': config.norm_eps,
+      'gate': config.mlp_activation,
       'activations': self.activations,
     }
     start_B = jnp.zeros((B,), jnp.int32)
@@ -112,7 +113,7 @@ class PackedDecoder:
         fused.norm_matmul,
         _attention_of_documents,
         fused.matmul_add,
-        fused.swiglu_matmul_add,
+        fused.gated_matmul_add,
         x_MD,
         self.layers,
         [None] * config.layers,
@@ -223,6 +224,8 @@ def bind(
       down=matrix('mlp.down'),
       q_gain=gain('attention.q_norm'),
       k_gain=gain('attention.k_norm'),
+      o_gain=gain('attention.sub_norm'),
+      down_gain=gain('mlp.sub_norm'),
     )
 
   return PackedDecoder(

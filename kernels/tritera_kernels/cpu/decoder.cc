@@ -38,6 +38,14 @@ const float* angles(int64_t position, int width, float theta) {
   return last.values.data();
 }
 
+// x of n values, normed into `row` unless `gain` is null.
+const float* normed(const Ops& ops, const float* x, const float* gain, int64_t n,
+                    float epsilon, float* row) {
+  if (!gain) return x;
+  ops.rms_norm(x, gain, n, epsilon, row);
+  return row;
+}
+
 }  // namespace
 
 void norm_multiply(Team& team, const Kernel& kernel, int64_t tokens, bool int8,
@@ -55,32 +63,36 @@ void norm_multiply(Team& team, const Kernel& kernel, int64_t tokens, bool int8,
   multiply(
       team, kernel, tokens, int8,
       [&](int64_t t, float* row) {
-        kernel.ops->rms_norm(x + t * K, gain, K, epsilon, row);
-        return row;
+        return normed(*kernel.ops, x + t * K, gain, K, epsilon, row);
       },
       products, count);
 }
 
 void multiply_add(Team& team, const Kernel& kernel, int64_t tokens, bool int8,
-                  const float* x, const Matrix& matrix, const float* residual,
-                  float* y) {
+                  const float* x, const float* gain, float epsilon,
+                  const Matrix& matrix, const float* residual, float* y) {
+  const int64_t K = matrix.inputs;
   const Product product{matrix, {y, matrix.outputs, residual}};
   multiply(
       team, kernel, tokens, int8,
-      [&](int64_t t, float*) { return x + t * matrix.inputs; }, &product, 1);
+      [&](int64_t t, float* row) {
+        return normed(*kernel.ops, x + t * K, gain, K, epsilon, row);
+      },
+      &product, 1);
 }
 
-void swiglu_multiply_add(Team& team, const Kernel& kernel, int64_t tokens,
-                         bool int8, const float* gate_up, const Matrix& matrix,
-                         const float* residual, float* y) {
+void gated_multiply_add(Team& team, const Kernel& kernel, int64_t tokens,
+                        bool int8, const float* gate_up, Gate gate,
+                        const float* gain, float epsilon, const Matrix& matrix,
+                        const float* residual, float* y) {
   const int64_t F = matrix.inputs;
   const Product product{matrix, {y, matrix.outputs, residual}};
   multiply(
       team, kernel, tokens, int8,
       [&](int64_t t, float* row) {
-        const float* gate = gate_up + t * 2 * F;
-        kernel.ops->swiglu(gate, gate + F, F, row);
-        return row;
+        const float* from = gate_up + t * 2 * F;
+        kernel.ops->gated[gate](from, from + F, F, row);
+        return normed(*kernel.ops, row, gain, F, epsilon, row);
       },
       &product, 1);
 }
@@ -172,8 +184,8 @@ void attention(Team& team, const Kernel& kernel, const Batch& batch,
 }
 
 void layer(Team& team, const Kernel& kernel, const Batch& batch,
-           const AttentionShape& shape, bool int8, const LayerWeights& weights,
-           const Cache& cache, float* x) {
+           const AttentionShape& shape, Gate gate, bool int8,
+           const LayerWeights& weights, const Cache& cache, float* x) {
   const int64_t M = batch.count();
   const int64_t X = shape.qkv(), A = int64_t{shape.heads} * shape.width;
   const int64_t F = weights.down.inputs;
@@ -185,11 +197,13 @@ void layer(Team& team, const Kernel& kernel, const Batch& batch,
                 shape.epsilon, qkv, 3, wide);
   attention(team, kernel, batch, shape, wide, weights.q_gain, weights.k_gain,
             cache, narrow);
-  multiply_add(team, kernel, M, int8, narrow, weights.o, x, x);
+  multiply_add(team, kernel, M, int8, narrow, weights.o_gain, shape.epsilon,
+               weights.o, x, x);
   const Matrix gate_up[] = {weights.gate, weights.up};
   norm_multiply(team, kernel, M, int8, x, weights.mlp_norm, shape.epsilon,
                 gate_up, 2, wide);
-  swiglu_multiply_add(team, kernel, M, int8, wide, weights.down, x, x);
+  gated_multiply_add(team, kernel, M, int8, wide, gate, weights.down_gain,
+                     shape.epsilon, weights.down, x, x);
 }
 
 }  // namespace tritera

@@ -26,7 +26,7 @@ struct AttentionShape {
   int kv_heads;
   int width;      // of a head
   float theta;    // base of RoPE
-  float epsilon;  // of the norms of query and key heads
+  float epsilon;  // of every norm
   CacheType type;
   int64_t slots;
 
@@ -43,10 +43,13 @@ struct Cache {
 
 struct LayerWeights {
   const float* attention_norm;
-  const float* q_gain;  // null where there is no norm
-  const float* k_gain;
   const float* mlp_norm;
   Matrix q, k, v, o, gate, up, down;
+  // Of the norms of heads, and of what o and down take; null: there is none.
+  const float* q_gain;
+  const float* k_gain;
+  const float* o_gain;
+  const float* down_gain;
 };
 
 // y [M, sum of N] = norm(x) W^T of each matrix, side by side.
@@ -54,15 +57,17 @@ void norm_multiply(Team& team, const Kernel& kernel, int64_t tokens, bool int8,
                    const float* x, const float* gain, float epsilon,
                    const Matrix* matrices, int count, float* y);
 
-// y [M, N] = residual + x W^T; y may be residual.
+// y [M, N] = residual + x W^T, where x is normed first unless `gain` is null;
+// y may be residual.
 void multiply_add(Team& team, const Kernel& kernel, int64_t tokens, bool int8,
-                  const float* x, const Matrix& matrix, const float* residual,
-                  float* y);
+                  const float* x, const float* gain, float epsilon,
+                  const Matrix& matrix, const float* residual, float* y);
 
-// y [M, N] = residual + (silu(gate) up) W^T, where gate_up is [M, 2 K].
-void swiglu_multiply_add(Team& team, const Kernel& kernel, int64_t tokens,
-                         bool int8, const float* gate_up, const Matrix& matrix,
-                         const float* residual, float* y);
+// The same of f(gate) up, f by `gate`, where gate_up is [M, 2 K].
+void gated_multiply_add(Team& team, const Kernel& kernel, int64_t tokens,
+                        bool int8, const float* gate_up, Gate gate,
+                        const float* gain, float epsilon, const Matrix& matrix,
+                        const float* residual, float* y);
 
 // y [M, heads * width]; writes the new keys and values into `cache`.
 void attention(Team& team, const Kernel& kernel, const Batch& batch,
@@ -72,7 +77,7 @@ void attention(Team& team, const Kernel& kernel, const Batch& batch,
 
 // x [M, D] past one layer, in place.
 void layer(Team& team, const Kernel& kernel, const Batch& batch,
-           const AttentionShape& shape, bool int8, const LayerWeights& weights,
-           const Cache& cache, float* x);
+           const AttentionShape& shape, Gate gate, bool int8,
+           const LayerWeights& weights, const Cache& cache, float* x);
 
 }  // namespace tritera

@@ -82,6 +82,21 @@ bool is_matrix(ffi::AnyBuffer::Dimensions d, int64_t rows, int64_t columns) {
   return d.size() == 2 && d[0] == rows && d[1] == columns;
 }
 
+// A gain of `inputs` values, or null for one of none.
+ffi::Error read_gain(const F32& gain, int64_t inputs, const float** values) {
+  const int64_t n = gain.element_count();
+  if (n && n != inputs)
+    return refuse("gain of shape " + shape_of(gain.dimensions()) +
+                  ", wanted [" + std::to_string(inputs) + "] or none");
+  *values = n ? gain.typed_data() : nullptr;
+  return ffi::Error::Success();
+}
+
+ffi::Error check_gate(int64_t gate) {
+  if (gate >= 0 && gate < kGates) return ffi::Error::Success();
+  return refuse("gate " + std::to_string(gate));
+}
+
 ffi::Error check_rank2(const F32& x, const char* name) {
   if (x.dimensions().size() == 2) return ffi::Error::Success();
   return refuse(std::string(name) + " of shape " + shape_of(x.dimensions()) +
@@ -118,21 +133,23 @@ ffi::Error norm_matmul(ffi::ThreadPool pool, F32 x, F32 gain,
   return ffi::Error::Success();
 }
 
-// Both matmuls that add to a residual; `wide` is K or 2 K.
-ffi::Error add_matmul(ffi::ThreadPool& pool, const F32& x,
-                      ffi::AnyBuffer& data, ffi::AnyBuffer& scale,
-                      const F32& residual, F32Result& y, int64_t format,
-                      bool along_inputs, bool int8, int halves) {
+// Both matmuls that add to a residual: x is `halves` K wide, and `run` gets
+// what was checked.
+template <class Run>
+ffi::Error add_matmul(ffi::ThreadPool& pool, const F32& x, int halves,
+                      const F32& gain, ffi::AnyBuffer data,
+                      ffi::AnyBuffer scale, const MatrixKind& kind,
+                      const F32& residual, F32Result& y, const Run& run) {
   if (auto e = check_rank2(x, "x"); e.failure()) return e;
   if (auto e = check_rank2(residual, "residual"); e.failure()) return e;
   if (x.dimensions()[1] % halves)
     return refuse("gate_up of shape " + shape_of(x.dimensions()));
   const int64_t M = x.dimensions()[0], K = x.dimensions()[1] / halves;
   Matrix matrix;
-  if (auto e = read_one_matrix(data, scale, {format, along_inputs, int8}, K,
-                               &matrix);
-      e.failure())
+  if (auto e = read_one_matrix(data, scale, kind, K, &matrix); e.failure())
     return e;
+  const float* gains;
+  if (auto e = read_gain(gain, K, &gains); e.failure()) return e;
   if (!is_matrix(residual.dimensions(), M, matrix.outputs) ||
       !is_matrix(y->dimensions(), M, matrix.outputs))
     return refuse("residual of shape " + shape_of(residual.dimensions()) +
@@ -140,25 +157,37 @@ ffi::Error add_matmul(ffi::ThreadPool& pool, const F32& x,
                   shape_of(x.dimensions()));
   const Helpers helpers = helpers_of(pool);
   Team team(helpers);
-  auto* run = halves == 2 ? swiglu_multiply_add : multiply_add;
-  run(team, active_kernel(), M, int8, x.typed_data(), matrix,
-      residual.typed_data(), y->typed_data());
+  run(team, M, matrix, gains);
   return ffi::Error::Success();
 }
 
-ffi::Error matmul_add(ffi::ThreadPool pool, F32 x, ffi::AnyBuffer data,
-                      ffi::AnyBuffer scale, F32 residual, F32Result y,
-                      int64_t format, bool along_inputs, bool int8) {
-  return add_matmul(pool, x, data, scale, residual, y, format, along_inputs,
-                    int8, 1);
+ffi::Error matmul_add(ffi::ThreadPool pool, F32 x, F32 gain,
+                      ffi::AnyBuffer data, ffi::AnyBuffer scale, F32 residual,
+                      F32Result y, int64_t format, bool along_inputs,
+                      bool int8, float epsilon) {
+  return add_matmul(
+      pool, x, 1, gain, data, scale, {format, along_inputs, int8}, residual, y,
+      [&](Team& team, int64_t M, const Matrix& matrix, const float* gains) {
+        multiply_add(team, active_kernel(), M, int8, x.typed_data(), gains,
+                     epsilon, matrix, residual.typed_data(), y->typed_data());
+      });
 }
 
-ffi::Error swiglu_matmul_add(ffi::ThreadPool pool, F32 gate_up,
-                             ffi::AnyBuffer data, ffi::AnyBuffer scale,
-                             F32 residual, F32Result y, int64_t format,
-                             bool along_inputs, bool int8) {
-  return add_matmul(pool, gate_up, data, scale, residual, y, format,
-                    along_inputs, int8, 2);
+ffi::Error gated_matmul_add(ffi::ThreadPool pool, F32 gate_up, F32 gain,
+                            ffi::AnyBuffer data, ffi::AnyBuffer scale,
+                            F32 residual, F32Result y, int64_t format,
+                            bool along_inputs, bool int8, float epsilon,
+                            int64_t gate) {
+  if (auto e = check_gate(gate); e.failure()) return e;
+  return add_matmul(
+      pool, gate_up, 2, gain, data, scale, {format, along_inputs, int8},
+      residual, y,
+      [&](Team& team, int64_t M, const Matrix& matrix, const float* gains) {
+        gated_multiply_add(team, active_kernel(), M, int8,
+                           gate_up.typed_data(), static_cast<Gate>(gate),
+                           gains, epsilon, matrix, residual.typed_data(),
+                           y->typed_data());
+      });
 }
 
 // Where a cache lies among results that alias its arguments.
@@ -269,15 +298,18 @@ ffi::Error attend(ffi::ThreadPool pool, F32 qkv, F32 q_gain, F32 k_gain,
 
 // All layers in one call. Arguments, a layer: attention_norm, q, k, v, o,
 // mlp_norm, gate, up, down (a matrix is data and scale), with `gains` q_gain
-// and k_gain; then every layer's cache arrays, which the results after x alias.
+// and k_gain, with `o_gain` and `down_gain` these; then every layer's cache
+// arrays, which the results after x alias.
 ffi::Error decoder_layers(ffi::ThreadPool pool, F32 x, S32 start,
                           ffi::RemainingArgs rest, F32Result y,
                           ffi::RemainingRets caches, int64_t layers,
                           int64_t heads, int64_t kv_heads, int64_t width,
                           float theta, float epsilon, int64_t format,
-                          bool out_along_inputs, bool int8, bool gains,
+                          bool out_along_inputs, bool int8, int64_t gate,
+                          bool gains, bool o_gain, bool down_gain,
                           bool int8_cache) {
   if (auto e = check_rank2(x, "x"); e.failure()) return e;
+  if (auto e = check_gate(gate); e.failure()) return e;
   if (auto e = check_heads(heads, kv_heads, width); e.failure()) return e;
   AttentionShape shape{static_cast<int>(heads), static_cast<int>(kv_heads),
                        static_cast<int>(width), theta, epsilon, kBfloat16, 0};
@@ -305,6 +337,8 @@ ffi::Error decoder_layers(ffi::ThreadPool pool, F32 x, S32 start,
     w.down = arguments.matrix(out, w.gate.outputs);
     w.q_gain = gains ? arguments.vector(width) : nullptr;
     w.k_gain = gains ? arguments.vector(width) : nullptr;
+    w.o_gain = o_gain ? arguments.vector(heads * width) : nullptr;
+    w.down_gain = down_gain ? arguments.vector(w.gate.outputs) : nullptr;
     if (w.q.outputs != heads * width || w.k.outputs != kv_heads * width ||
         w.v.outputs != w.k.outputs || w.o.outputs != D ||
         w.up.outputs != w.gate.outputs || w.down.outputs != D)
@@ -330,8 +364,8 @@ ffi::Error decoder_layers(ffi::ThreadPool pool, F32 x, S32 start,
   Team team(helpers);
   const Kernel& kernel = active_kernel();
   for (int64_t i = 0; i < layers; ++i)
-    layer(team, kernel, batch, shape, int8, weights[i], cache[i],
-          y->typed_data());
+    layer(team, kernel, batch, shape, static_cast<Gate>(gate), int8,
+          weights[i], cache[i], y->typed_data());
   return ffi::Error::Success();
 }
 
@@ -343,7 +377,7 @@ ffi::Error decoder_layers(ffi::ThreadPool pool, F32 x, S32 start,
 extern "C" {
 TRITERA_EXPORT XLA_FFI_Error* tritera_norm_matmul(XLA_FFI_CallFrame*);
 TRITERA_EXPORT XLA_FFI_Error* tritera_matmul_add(XLA_FFI_CallFrame*);
-TRITERA_EXPORT XLA_FFI_Error* tritera_swiglu_matmul_add(XLA_FFI_CallFrame*);
+TRITERA_EXPORT XLA_FFI_Error* tritera_gated_matmul_add(XLA_FFI_CallFrame*);
 TRITERA_EXPORT XLA_FFI_Error* tritera_attention(XLA_FFI_CallFrame*);
 TRITERA_EXPORT XLA_FFI_Error* tritera_decoder_layers(XLA_FFI_CallFrame*);
 }
@@ -367,20 +401,23 @@ static auto add_binding() {
   return ffi::Ffi::Bind()
       .Ctx<ffi::ThreadPool>()
       .Arg<tritera::F32>()
+      .Arg<tritera::F32>()
       .Arg<ffi::AnyBuffer>()
       .Arg<ffi::AnyBuffer>()
       .Arg<tritera::F32>()
       .Ret<tritera::F32>()
       .Attr<int64_t>("format")
       .Attr<bool>("along_inputs")
-      .Attr<bool>("int8");
+      .Attr<bool>("int8")
+      .Attr<float>("epsilon");
 }
 
 XLA_FFI_DEFINE_HANDLER_SYMBOL(tritera_matmul_add, tritera::matmul_add,
                               add_binding());
 
-XLA_FFI_DEFINE_HANDLER_SYMBOL(tritera_swiglu_matmul_add,
-                              tritera::swiglu_matmul_add, add_binding());
+XLA_FFI_DEFINE_HANDLER_SYMBOL(tritera_gated_matmul_add,
+                              tritera::gated_matmul_add,
+                              add_binding().Attr<int64_t>("gate"));
 
 XLA_FFI_DEFINE_HANDLER_SYMBOL(tritera_attention, tritera::attend,
                               ffi::Ffi::Bind()
@@ -416,5 +453,8 @@ XLA_FFI_DEFINE_HANDLER_SYMBOL(tritera_decoder_layers, tritera::decoder_layers,
                                   .Attr<int64_t>("format")
                                   .Attr<bool>("out_along_inputs")
                                   .Attr<bool>("int8")
+                                  .Attr<int64_t>("gate")
                                   .Attr<bool>("gains")
+                                  .Attr<bool>("o_gain")
+                                  .Attr<bool>("down_gain")
                                   .Attr<bool>("int8_cache"));

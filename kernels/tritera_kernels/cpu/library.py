@@ -19,11 +19,12 @@ INSTRUCTION_SETS = (
   'portable',
 )
 FORMATS = {'two_bit': 0, 'base_three': 1, 'byte': 2}  # enum Format, kernel.h
+GATES = {'silu': 0, 'relu2': 1}  # enum Gate, ops.h
 TARGETS = (
   'tritera_matmul',
   'tritera_norm_matmul',
   'tritera_matmul_add',
-  'tritera_swiglu_matmul_add',
+  'tritera_gated_matmul_add',
   'tritera_attention',
   'tritera_decoder_layers',
 )

@@ -12,6 +12,10 @@ namespace tritera {
 
 enum CacheType { kBfloat16, kInt8 };
 
+// What becomes of the gate of an MLP: x / (1 + exp(-x)), or max(0, x)^2.
+enum Gate { kSilu, kRelu2 };
+constexpr int kGates = 2;
+
 // Attention of some query tokens of one sequence over one key/value head.
 // Query t is at position start + t and sees slots 0 .. start + t.
 struct Attend {
@@ -41,11 +45,12 @@ struct Ops {
                     int32_t* sums);
   // The same layout, float32.
   void (*spread)(const float* x, const Planes& planes, float* out);
-  // y = x / sqrt(mean(x^2) + epsilon) * gain.
+  // y = x / sqrt(mean(x^2) + epsilon) * gain; y may be x.
   void (*rms_norm)(const float* x, const float* gain, size_t n, float epsilon,
                    float* y);
-  // y = gate / (1 + exp(-gate)) * up.
-  void (*swiglu)(const float* gate, const float* up, size_t n, float* y);
+  // y = f(gate) * up, f by its Gate.
+  void (*gated[kGates])(const float* gate, const float* up, size_t n,
+                        float* y);
   // RoPE in place: channels i and i + width / 2 of each of `heads` heads are
   // turned by the angle whose cosine and sine are cos[i], sin[i].
   void (*rotate)(float* x, int heads, int width, const float* cos,

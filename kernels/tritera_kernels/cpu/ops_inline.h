@@ -135,19 +135,29 @@ void rms_norm(const float* x, const float* gain, size_t n, float epsilon,
   }
 }
 
-inline F gated(F gate, F up) {
-  F one = broadcast(1);
-  F inverse = add(one, exponential(sub(broadcast(0), gate)));
-  return mul(div(gate, inverse), up);
-}
+struct Silu {
+  static F of(F x) {
+    F one = broadcast(1);
+    return div(x, add(one, exponential(sub(broadcast(0), x))));
+  }
+};
 
-void swiglu(const float* gate, const float* up, size_t n, float* y) {
+struct Relu2 {
+  static F of(F x) {
+    F positive = max(broadcast(0), x);  // in this order a NaN stays one
+    return mul(positive, positive);
+  }
+};
+
+template <class Function>
+void gated(const float* gate, const float* up, size_t n, float* y) {
   size_t i = 0;
   for (; i + kLanes <= n; i += kLanes)
-    store(y + i, gated(load(gate + i), load(up + i)));
+    store(y + i, mul(Function::of(load(gate + i)), load(up + i)));
   if (i < n) {
     int left = n - i;
-    store_n(y + i, gated(load_n(gate + i, left), load_n(up + i, left)), left);
+    F f = Function::of(load_n(gate + i, left));
+    store_n(y + i, mul(f, load_n(up + i, left)), left);
   }
 }
 
@@ -202,8 +212,11 @@ void store_kv(const float* k, const float* v, int width, int64_t slots,
   for (int i = 0; i < width; ++i) values[i] = to_bfloat16(v[i]);
 }
 
-constexpr Ops kOps = {quantize, spread,   rms_norm,       swiglu,
-                      rotate,   store_kv, attend_scratch, attend};
+constexpr Ops kOps = {
+    quantize,       spread,
+    rms_norm,       {gated<Silu>, gated<Relu2>},
+    rotate,         store_kv,
+    attend_scratch, attend};
 
 }  // namespace
 }  // namespace tritera

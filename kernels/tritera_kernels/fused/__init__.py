@@ -5,9 +5,9 @@ from tritera_kernels.fused.api import (
   IMPLEMENTATIONS,
   attention,
   decoder_layers,
+  gated_matmul_add,
   matmul_add,
   norm_matmul,
-  swiglu_matmul_add,
 )
 from tritera_kernels.fused.cache import CacheType, KVCache, empty_cache
 from tritera_kernels.fused.layers import LayerWeights
@@ -20,7 +20,7 @@ __all__ = [
   'attention',
   'decoder_layers',
   'empty_cache',
+  'gated_matmul_add',
   'matmul_add',
   'norm_matmul',
-  'swiglu_matmul_add',
 ]

@@ -30,7 +30,7 @@ from tritera_kernels.packed import PackedTernary
 OPERATIONS = (
   'norm_matmul',
   'matmul_add',
-  'swiglu_matmul_add',
+  'gated_matmul_add',
   'attention',
   'decoder_layers',
 )
@@ -81,41 +81,54 @@ def norm_matmul(
 
 def matmul_add(
   x_MK: Float32[Array, 'M K'],
+  gain_K: Float32[Array, ' K'] | None,
   matrix: PackedTernary,
   residual_MN: Float32[Array, 'M N'],
   *,
+  epsilon: float,
   activations: str,
   implementation: str | None = None,
 ) -> Float32[Array, 'M N']:
-  """residual + x W^T. Arguments and errors as of `norm_matmul`."""
+  """residual + x W^T.
+
+  Arguments and errors as of `norm_matmul`, but that a gain may be None: then
+  x is not normed.
+  """
   _check_matrix('x_MK', x_MK.shape[1], matrix, activations)
+  _check_gain('gain_K', gain_K, matrix)
   _check_residual(residual_MN, matrix)
   return dispatch.call(
     IMPLEMENTATIONS['matmul_add'],
-    (x_MK, matrix, residual_MN),
-    {'activations': activations},
+    (x_MK, gain_K, matrix, residual_MN),
+    {'epsilon': epsilon, 'activations': activations},
     implementation,
   )
 
 
-def swiglu_matmul_add(
+def gated_matmul_add(
   gate_up_M2F: Float32[Array, 'M two_F'],
+  gain_F: Float32[Array, ' F'] | None,
   matrix: PackedTernary,
   residual_MN: Float32[Array, 'M N'],
   *,
+  gate: str,
+  epsilon: float,
   activations: str,
   implementation: str | None = None,
 ) -> Float32[Array, 'M N']:
-  """residual + (silu(gate) up) W^T, where gate is the first F columns.
+  """`matmul_add` of f(gate) up, where gate is the first F columns.
 
-  Arguments and errors as of `norm_matmul`.
+  `gate` says f: 'silu' (SwiGLU) or 'relu2' (ReLU squared). Other arguments and
+  errors as of `matmul_add`.
   """
+  _check_gate(gate)
   _check_matrix('gate_up_M2F', gate_up_M2F.shape[1] / 2, matrix, activations)
+  _check_gain('gain_F', gain_F, matrix)
   _check_residual(residual_MN, matrix)
   return dispatch.call(
-    IMPLEMENTATIONS['swiglu_matmul_add'],
-    (gate_up_M2F, matrix, residual_MN),
-    {'activations': activations},
+    IMPLEMENTATIONS['gated_matmul_add'],
+    (gate_up_M2F, gain_F, matrix, residual_MN),
+    {'gate': gate, 'epsilon': epsilon, 'activations': activations},
     implementation,
   )
 
@@ -182,6 +195,7 @@ def decoder_layers(
   head_dim: int,
   theta: float,
   epsilon: float,
+  gate: str,
   activations: str,
   implementation: str | None = None,
 ) -> tuple[Float32[Array, 'M D'], list[KVCache]]:
@@ -190,12 +204,15 @@ def decoder_layers(
   Arguments and errors as of the operations above. The composed one is
   `layers.run` of those, each as its own dispatch has it.
   """
+  _check_gate(gate)
   for layer, cache in zip(layers, caches, strict=True):
     for matrix in (*layer.qkv, *layer.gate_up):
       _check_matrix('x_MD', x_MD.shape[1], matrix, activations)
     rows = lambda matrices: sum(matrix.shape[0] for matrix in matrices)
     _check_matrix('attention', heads * head_dim, layer.o, activations)
     _check_matrix('gate', rows(layer.gate_up) / 2, layer.down, activations)
+    _check_gain('o_gain', layer.o_gain, layer.o)
+    _check_gain('down_gain', layer.down_gain, layer.down)
     _check_attention(
       (x_MD.shape[0], rows(layer.qkv)),
       cache,
@@ -213,6 +230,7 @@ def decoder_layers(
       'head_dim': head_dim,
       'theta': theta,
       'epsilon': epsilon,
+      'gate': gate,
       'activations': activations,
     },
     implementation,
@@ -231,6 +249,21 @@ def _check_matrix(name: str, K, matrix: PackedTernary, activations: str):
   check_activations(activations)
   packed_lib.check_layout(matrix)
   _check_inputs(name, K, matrix)
+
+
+def _check_gate(gate: str):
+  if gate not in reference.GATES:
+    raise ValueError(
+      f'gate={gate!r} must be {" or ".join(map(repr, reference.GATES))}'
+    )
+
+
+def _check_gain(name: str, gain, matrix: PackedTernary):
+  if gain is not None and gain.shape != matrix.shape[1:]:
+    raise ValueError(
+      f'{name} has shape {gain.shape}; the matrix takes {matrix.shape[1]} '
+      'inputs'
+    )
 
 
 def _check_residual(residual_MN, matrix: PackedTernary):
@@ -270,7 +303,7 @@ _TABLES: tuple[dict[str, Implementation], ...] = (
     'decoder_layers': Implementation(
       'composed',
       functools.partial(
-        layers_lib.run, norm_matmul, attention, matmul_add, swiglu_matmul_add
+        layers_lib.run, norm_matmul, attention, matmul_add, gated_matmul_add
       ),
     ),
   },

@@ -70,28 +70,43 @@ def _norm_refuses(x_MD, gain_D, matrices, **statics) -> str | None:
   return _refuses(x_MD, gain_D, matrices, **statics)
 
 
-def _add(target: str, x, matrix: PackedTernary, residual_MN, activations: str):
+def _add(
+  target: str, x, gain, matrix, residual_MN, *, epsilon, activations, **gate
+):
   library.load()
   return jax.ffi.ffi_call(
     target, _struct(*residual_MN.shape), vmap_method='sequential'
   )(
     x,
+    jnp.zeros(0) if gain is None else gain,
     matrix.data,
     matrix.scale,
     residual_MN,
+    epsilon=np.float32(epsilon),
     **_matrix_statics(matrix, activations),
+    **gate,
   )
 
 
-def matmul_add(x_MK, matrix, residual_MN, *, activations: str):
+def matmul_add(x_MK, gain_K, matrix, residual_MN, **statics):
   """See `api.matmul_add`."""
-  return _add('tritera_matmul_add', x_MK, matrix, residual_MN, activations)
-
-
-def swiglu_matmul_add(gate_up_M2F, matrix, residual_MN, *, activations: str):
-  """See `api.swiglu_matmul_add`."""
   return _add(
-    'tritera_swiglu_matmul_add', gate_up_M2F, matrix, residual_MN, activations
+    'tritera_matmul_add', x_MK, gain_K, matrix, residual_MN, **statics
+  )
+
+
+def gated_matmul_add(
+  gate_up_M2F, gain_F, matrix, residual_MN, *, gate: str, **statics
+):
+  """See `api.gated_matmul_add`."""
+  return _add(
+    'tritera_gated_matmul_add',
+    gate_up_M2F,
+    gain_F,
+    matrix,
+    residual_MN,
+    gate=np.int64(library.GATES[gate]),
+    **statics,
   )
 
 
@@ -157,12 +172,21 @@ def _layer_arguments(layer: LayerWeights):
   for part in (
     layer.attention_norm, *layer.qkv, layer.o,
     layer.mlp_norm, *layer.gate_up, layer.down,
-    *(layer.gains or ()),
+    *(layer.gains or ()), layer.o_gain, layer.down_gain,
   ):  # fmt: skip
     if isinstance(part, PackedTernary):
       yield from (part.data, part.scale)
-    else:
+    elif part is not None:
       yield part
+
+
+def _norms(layer: LayerWeights) -> dict[str, bool]:
+  """Which of the norms that a layer may lack it has."""
+  return {
+    'gains': layer.gains is not None,
+    'o_gain': layer.o_gain is not None,
+    'down_gain': layer.down_gain is not None,
+  }
 
 
 def decoder_layers(
@@ -176,6 +200,7 @@ def decoder_layers(
   head_dim: int,
   theta: float,
   epsilon: float,
+  gate: str,
   activations: str,
 ):
   """See `api.decoder_layers`."""
@@ -200,7 +225,8 @@ def decoder_layers(
     format=np.int64(library.FORMATS[layers[0].o.format]),
     out_along_inputs=layers[0].o.segments > 1,
     int8=activations == 'int8',
-    gains=layers[0].gains is not None,
+    gate=np.int64(library.GATES[gate]),
+    **_norms(layers[0]),
     **_head_statics(heads, kv_heads, head_dim, theta, epsilon, caches[0]),
   )
   return x_MD, jax.tree.unflatten(structure, leaves)
@@ -216,7 +242,7 @@ def _layers_refuse(x_MD, layers, caches, start_B, **statics) -> str | None:
       layer.o.format,
       layer.o.segments > 1,
       layer.down.segments > 1,
-      layer.gains is not None,
+      tuple(_norms(layer).values()),
       *(matrix.segments for matrix in (*layer.qkv, *layer.gate_up)),
       cache.k.dtype,
     )
@@ -243,7 +269,7 @@ def _implementation(run, refuses) -> Implementation:
 CPU_FFI = {
   'norm_matmul': _implementation(norm_matmul, _norm_refuses),
   'matmul_add': _implementation(matmul_add, _refuses),
-  'swiglu_matmul_add': _implementation(swiglu_matmul_add, _refuses),
+  'gated_matmul_add': _implementation(gated_matmul_add, _refuses),
   'attention': _implementation(attention, _attention_refuses),
   'decoder_layers': _implementation(decoder_layers, _layers_refuse),
 }

@@ -3,7 +3,7 @@
 
 Attention is a Triton kernel, and so is the product with a ByteMatrix. The
 others are left to `composed`: beside the product that `ternary_matmul` finds,
-norm, SwiGLU, roundings, residuals and sums of splits are XLA's to fuse.
+norms, gates, roundings, residuals and sums of splits are XLA's to fuse.
 
 Shapes as in `reference`; n runs of slots.
 """

@@ -24,6 +24,8 @@ class LayerWeights:
     down: matrix of the MLP's output.
     q_gain: of the norm of each query head, float32 [h]; None: there is none.
     k_gain: the same of each key head.
+    o_gain: of the norm of what `o` takes, float32 [A]; None: there is none.
+    down_gain: the same of what `down` takes, float32 [F].
   """
 
   # Any: as a pytree it may also hold shapes, shardings or tracers.
@@ -35,6 +37,8 @@ class LayerWeights:
   down: Any
   q_gain: Any = None
   k_gain: Any = None
+  o_gain: Any = None
+  down_gain: Any = None
 
   @property
   def gains(self) -> tuple[Any, Any] | None:
@@ -45,7 +49,7 @@ def run(
   norm_matmul: Callable,
   attention: Callable,
   matmul_add: Callable,
-  swiglu_matmul_add: Callable,
+  gated_matmul_add: Callable,
   x_MD: Float32[Array, 'M D'],
   layers: Sequence[LayerWeights],
   caches: Sequence[Any],
@@ -59,7 +63,7 @@ def run(
   again. Caches and `start` are `attention`'s affair. `statics` as of
   `api.decoder_layers`.
   """
-  parts = (norm_matmul, attention, matmul_add, swiglu_matmul_add)
+  parts = (norm_matmul, attention, matmul_add, gated_matmul_add)
   updated = []
   for layer, cache in zip(layers, caches, strict=True):
     x_MD, cache = _layer(
@@ -79,9 +83,10 @@ def _layer(
   start: Any,
 ) -> tuple[Float32[Array, 'M D'], Any]:
   """x += attention(norm(x)), then x += mlp(norm(x))."""
-  norm_matmul, attention, matmul_add, swiglu_matmul_add = parts
+  norm_matmul, attention, matmul_add, gated_matmul_add = parts
   shape = dict(statics)
-  epsilon, activations = shape['epsilon'], shape.pop('activations')
+  gate, activations = shape.pop('gate'), shape.pop('activations')
+  epsilon = shape['epsilon']
   qkv_MX = norm_matmul(
     x_MD,
     layer.attention_norm,
@@ -90,7 +95,14 @@ def _layer(
     activations=activations,
   )
   y_MA, cache = attention(qkv_MX, layer.gains, cache, start, **shape)
-  x_MD = matmul_add(y_MA, layer.o, x_MD, activations=activations)
+  x_MD = matmul_add(
+    y_MA,
+    layer.o_gain,
+    layer.o,
+    x_MD,
+    epsilon=epsilon,
+    activations=activations,
+  )
   gate_up_M2F = norm_matmul(
     x_MD,
     layer.mlp_norm,
@@ -98,7 +110,13 @@ def _layer(
     epsilon=epsilon,
     activations=activations,
   )
-  x_MD = swiglu_matmul_add(
-    gate_up_M2F, layer.down, x_MD, activations=activations
+  x_MD = gated_matmul_add(
+    gate_up_M2F,
+    layer.down_gain,
+    layer.down,
+    x_MD,
+    gate=gate,
+    epsilon=epsilon,
+    activations=activations,
   )
   return x_MD, cache

@@ -2,7 +2,7 @@
 """The meaning of the fused operations, in plain jnp. It serves every call.
 
 Shapes: M = B T tokens, row by row; D width, K inputs, N outputs, F width of
-the SwiGLU; H query heads, G key/value heads, R = H / G, h head width, S slots.
+the MLP; H query heads, G key/value heads, R = H / G, h head width, S slots.
 X = (H + 2 G) h, A = H h. All float32.
 """
 
@@ -24,6 +24,12 @@ from tritera_kernels.packed import PackedTernary
 # Multiplies tokens by a packed matrix: (x_MK, matrix, activations=...).
 _reference_matmul = matmul_reference.run
 
+# What becomes of the gate of an MLP before it multiplies.
+GATES = {
+  'silu': jax.nn.silu,
+  'relu2': lambda x: jnp.square(jax.nn.relu(x)),
+}
+
 
 def rms_norm(
   x: Float32[Array, '*batch D'], gain_D: Float32[Array, ' D'], epsilon: float
@@ -31,6 +37,10 @@ def rms_norm(
   """x / sqrt(mean(x^2) + epsilon) * gain."""
   mean = jnp.mean(jnp.square(x), axis=-1, keepdims=True)
   return x * jax.lax.rsqrt(mean + epsilon) * gain_D
+
+
+def _normed(x, gain, epsilon: float):
+  return x if gain is None else rms_norm(x, gain, epsilon)
 
 
 def byte_matmul(
@@ -67,28 +77,41 @@ def norm_matmul(
 
 def matmul_add(
   x_MK: Float32[Array, 'M K'],
+  gain_K: Float32[Array, ' K'] | None,
   matrix: PackedTernary,
   residual_MN: Float32[Array, 'M N'],
   *,
+  epsilon: float,
   activations: str,
   matmul=_reference_matmul,
 ) -> Float32[Array, 'M N']:
-  """residual + x W^T."""
+  """residual + x W^T, where x is normed first if there is a gain."""
+  x_MK = _normed(x_MK, gain_K, epsilon)
   return residual_MN + matmul(x_MK, matrix, activations=activations)
 
 
-def swiglu_matmul_add(
+def gated_matmul_add(
   gate_up_M2F: Float32[Array, 'M two_F'],
+  gain_F: Float32[Array, ' F'] | None,
   matrix: PackedTernary,
   residual_MN: Float32[Array, 'M N'],
   *,
+  gate: str,
+  epsilon: float,
   activations: str,
   matmul=_reference_matmul,
 ) -> Float32[Array, 'M N']:
-  """residual + (silu(gate) up) W^T, where gate is the first F columns."""
+  """`matmul_add` of f(gate) up, where gate is the first F columns."""
   gate_MF, up_MF = jnp.split(gate_up_M2F, 2, axis=1)
-  x_MF = jax.nn.silu(gate_MF) * up_MF
-  return residual_MN + matmul(x_MF, matrix, activations=activations)
+  return matmul_add(
+    GATES[gate](gate_MF) * up_MF,
+    gain_F,
+    matrix,
+    residual_MN,
+    epsilon=epsilon,
+    activations=activations,
+    matmul=matmul,
+  )
 
 
 def rotation(
@@ -212,13 +235,13 @@ def decoder_layers(*operands, **statics):
     norm_matmul,
     attention,
     matmul_add,
-    swiglu_matmul_add,
+    gated_matmul_add,
     *operands,
     **statics,
   )
 
 
-_OPERATIONS = (norm_matmul, matmul_add, swiglu_matmul_add)
+_OPERATIONS = (norm_matmul, matmul_add, gated_matmul_add)
 
 REFERENCE = {
   operation.__name__: Implementation('reference', operation)

@@ -9,7 +9,8 @@ import numpy as np
 import pytest
 from safetensors.numpy import load_file
 
-from tritera_jax.checkpoint import restore
+from tritera_jax.checkpoint import pack, packed_file, restore
+from tritera_jax.generate import packed
 from tritera_jax.interop.huggingface import importing
 from tritera_jax.model import decoder
 from tritera_jax.model.config import ModelConfig
@@ -19,6 +20,9 @@ GOLDEN = Path(__file__).parents[1] / 'golden'
 CASES = sorted(path.parent.name for path in GOLDEN.glob('*/config.json'))
 # Those whose file does not say that their values are ternary.
 TERNARY = {'trilm_2', 'trilm_3', 'bitnet', 'bitlinear'}
+# Those of int8 activations; all but the last have norms before o and down, and
+# the first two ReLU squared.
+INT8 = ('bitnet', 'bitnet_online', 'old_bitnet', 'bitlinear')
 RELATIVE = 1e-4
 LEVEL = 3e-2  # what a level of int8 may come to in logits
 
@@ -88,3 +92,22 @@ def test_logits(case, tmp_path):
   report = importing.import_run(source, tmp_path / 'run')
   assert (report.weights == 'ternary') == (case in TERNARY)
   check_run(tmp_path / 'run', GOLDEN / case / 'expected.safetensors')
+
+
+@pytest.mark.parametrize('case', INT8)
+def test_logits_of_packed_models(case, tmp_path):
+  source = checkpoint(case, tmp_path / 'source')
+  importing.import_run(source, tmp_path / 'run')
+  wanted = load_file(GOLDEN / case / 'expected.safetensors')
+  forward = jax.jit(lambda model, tokens: model(tokens)[0])
+  tokens_BT = wanted['tokens'].astype(np.int32)
+  for format in ('two_bit', 'base_three'):
+    folder = pack.pack(tmp_path / 'run', format, head='float').folder
+    of = lambda cache, folder=folder: np.asarray(
+      forward(packed.bind(packed_file.read(folder), cache=cache), tokens_BT)
+    )
+    check_logits(of('float32'), wanted['logits'], int8=True)
+    # Keys and values in bfloat16 keep 8 bits, and turn roundings to int8; on a
+    # CPU all layers are one call then.
+    difference = np.abs(of('bfloat16') - wanted['logits']).max()
+    assert difference <= 0.06 * np.abs(wanted['logits']).max()

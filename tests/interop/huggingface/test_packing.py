@@ -19,7 +19,7 @@ def written(folder, kind, change=lambda found: None):
 
 
 @pytest.mark.parametrize('format', ['two_bit', 'base_three'])
-@pytest.mark.parametrize('kind', ['trilm_2', 'bitlinear'])
+@pytest.mark.parametrize('kind', ['trilm_2', 'bitlinear', 'bitnet'])
 def test_packed_weights_are_those_of_the_checkpoint(
   kind, format, tmp_path, capsys
 ):
@@ -30,7 +30,7 @@ def test_packed_weights_are_those_of_the_checkpoint(
   assert cli.main([*said, '--out', str(out)]) == 0
   assert 'bits/weight' in capsys.readouterr().out
   model = packed_file.read(out)
-  int8 = kind == 'bitlinear'
+  int8 = kind != 'trilm_2'
   assert model.activations == ('int8' if int8 else 'float')
   found = checkpoints.tensors(kind)
   names = zip(model.config.linears, checkpoints.LINEARS, strict=True)
@@ -44,13 +44,19 @@ def test_packed_weights_are_those_of_the_checkpoint(
       values = codes_NK * (scales[None] if axis else scales[:, None])
       want = checkpoints.weight(kind, found, f'model.layers.{layer}.{theirs}')
       np.testing.assert_array_equal(values, want.astype(np.float32))
-  np.testing.assert_array_equal(
-    model.rest['head'], found['lm_head.weight'].astype('f').T
-  )
-  np.testing.assert_array_equal(
-    model.rest['layers.1.mlp_norm'],
-    found['model.layers.1.post_attention_layernorm.weight'].astype('f'),
-  )
+  head = found.get('lm_head.weight', found['model.embed_tokens.weight'])
+  rest = {
+    'head': head.T,
+    'layers.1.mlp_norm': found[
+      'model.layers.1.post_attention_layernorm.weight'
+    ],
+  }
+  if kind == 'bitnet':
+    rest['layers.1.mlp.sub_norm'] = found[
+      'model.layers.1.mlp.ffn_sub_norm.weight'
+    ]
+  for name, want in rest.items():
+    np.testing.assert_array_equal(model.rest[name], want.astype('f'))
   verify.verify(source, out)
 
 

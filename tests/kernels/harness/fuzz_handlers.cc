@@ -30,7 +30,7 @@ extern "C" {
 XLA_FFI_Error* tritera_matmul(XLA_FFI_CallFrame*);
 XLA_FFI_Error* tritera_norm_matmul(XLA_FFI_CallFrame*);
 XLA_FFI_Error* tritera_matmul_add(XLA_FFI_CallFrame*);
-XLA_FFI_Error* tritera_swiglu_matmul_add(XLA_FFI_CallFrame*);
+XLA_FFI_Error* tritera_gated_matmul_add(XLA_FFI_CallFrame*);
 XLA_FFI_Error* tritera_attention(XLA_FFI_CallFrame*);
 XLA_FFI_Error* tritera_decoder_layers(XLA_FFI_CallFrame*);
 }
@@ -107,9 +107,9 @@ Attribute flag(bool b) {
   return a;
 }
 
-enum Target { kMatmul, kNorm, kAdd, kSwiglu, kAttention, kLayers, kTargets };
+enum Target { kMatmul, kNorm, kAdd, kGated, kAttention, kLayers, kTargets };
 constexpr const char* kTargetNames[kTargets] = {
-    "matmul",    "norm_matmul",   "matmul_add", "swiglu_matmul_add",
+    "matmul",    "norm_matmul",   "matmul_add", "gated_matmul_add",
     "attention", "decoder_layers"};
 
 struct Call {
@@ -204,8 +204,12 @@ Call some_call(Random& random) {
       break;
     }
     case kAdd:
-    case kSwiglu:
-      call.args.push_back({F32, {M, call.target == kAdd ? K : 2 * K}});
+    case kGated:
+      call.attrs["epsilon"] = real(1e-5f);
+      if (call.target == kGated)
+        call.attrs["gate"] = integer(random.integer(0, 1));
+      call.args = {{F32, {M, call.target == kAdd ? K : 2 * K}},
+                   {F32, {random.integer(0, 1) ? K : 0}}};
       add_matrix(random, call, format, along, N, K, {});
       call.args.push_back({F32, {M, N}});
       call.rets.push_back({F32, {M, N}});
@@ -217,6 +221,8 @@ Call some_call(Random& random) {
       const int64_t S = 64 * random.integer(large ? 2 : 1, 2);
       const bool small_cache = random.integer(0, 1);
       const bool gains = random.integer(0, 1);
+      const bool o_gain = random.integer(0, 1);
+      const bool down_gain = random.integer(0, 1);
       call.attrs = {{"heads", integer(H)},     {"kv_heads", integer(G)},
                     {"width", integer(h)},     {"theta", real(1e4f)},
                     {"epsilon", real(1e-5f)},  {"int8_cache",
@@ -235,7 +241,10 @@ Call some_call(Random& random) {
                            {"format", integer(format)},
                            {"out_along_inputs", flag(along)},
                            {"int8", flag(int8)},
-                           {"gains", flag(gains)}});
+                           {"gate", integer(random.integer(0, 1))},
+                           {"gains", flag(gains)},
+                           {"o_gain", flag(o_gain)},
+                           {"down_gain", flag(down_gain)}});
         call.args = {{F32, {B * T, D}}, {S32, {B}}};
         call.rets.push_back({F32, {B * T, D}});
         for (int i = 0; i < layers; ++i) {
@@ -253,6 +262,8 @@ Call some_call(Random& random) {
           add(D, F, true);
           for (int gain = 0; gain < 2 * gains; ++gain)
             call.args.push_back({F32, {h}});
+          if (o_gain) call.args.push_back({F32, {H * h}});
+          if (down_gain) call.args.push_back({F32, {F}});
         }
       }
       for (int i = 0; i < layers; ++i) {
@@ -469,15 +480,17 @@ std::string wrong_norm(const Call& call) {
 }
 
 std::string wrong_add(const Call& call) {
-  const Value &x = call.args[0], &y = call.rets[0], &residual = call.args[3];
-  const int halves = call.target == kSwiglu ? 2 : 1;
+  const Value &x = call.args[0], &y = call.rets[0], &residual = call.args[4];
+  const int halves = call.target == kGated ? 2 : 1;
+  if (halves == 2 && (call.i("gate") < 0 || call.i("gate") > 1)) return "gate";
   if (x.dims.size() != 2 || residual.dims.size() != 2) return "rank";
   if (x.dims[1] % halves) return "halves";
   const Matrices kind{call.i("format"), call.b("along_inputs"), call.b("int8")};
-  if (auto e = kind.wrong(call.args[1], call.args[2], residual.dims[1],
-                          x.dims[1] / halves);
+  const int64_t K = x.dims[1] / halves, gains = call.args[1].count();
+  if (auto e = kind.wrong(call.args[2], call.args[3], residual.dims[1], K);
       !e.empty())
     return e;
+  if (gains && gains != K) return "gain";
   if (residual.dims[0] != x.dims[0] || y.dims != residual.dims)
     return "residual";
   return "";
@@ -500,13 +513,20 @@ std::string wrong_attention(const Call& call) {
                      qkv.dims[0]);
 }
 
+// Weights of a layer, data and scale of a matrix apart: the norms that it may
+// lack come last, q_gain and k_gain, o_gain, down_gain.
+int64_t weights_of(const Call& call) {
+  return 16 + 2 * call.b("gains") + call.b("o_gain") + call.b("down_gain");
+}
+
 std::string wrong_layers(const Call& call) {
   const Value &x = call.args[0], &y = call.rets[0];
   if (auto e = wrong_heads(call); !e.empty()) return e;
   const int64_t H = call.i("heads"), G = call.i("kv_heads"),
                 h = call.i("width"), layers = call.i("layers");
   const int64_t arrays = call.b("int8_cache") ? 4 : 2;
-  const int64_t weights = call.b("gains") ? 18 : 16;
+  const int64_t weights = weights_of(call);
+  if (call.i("gate") < 0 || call.i("gate") > 1) return "gate";
   if (layers < 1 || layers > 1000 ||
       call.args.size() != size_t(2 + layers * (weights + arrays)) ||
       call.rets.size() != size_t(1 + layers * arrays))
@@ -521,10 +541,13 @@ std::string wrong_layers(const Call& call) {
   for (int64_t i = 0; i < layers; ++i) {
     const Value* w = &call.args[2 + i * weights];
     if (!vector(w[0], D) || !vector(w[9], D)) return "norms";
-    if (weights == 18 && (!vector(w[16], h) || !vector(w[17], h)))
-      return "gains";
     if (w[10].dims.empty()) return "rank of a matrix";
     const int64_t F = w[10].dims[0];
+    const Value* gain = w + 16;
+    if (call.b("gains") && (!vector(*gain++, h) || !vector(*gain++, h)))
+      return "gains";
+    if (call.b("o_gain") && !vector(*gain++, H * h)) return "o_gain";
+    if (call.b("down_gain") && !vector(*gain++, F)) return "down_gain";
     for (const auto& e :
          {in.wrong(w[1], w[2], H * h, D), in.wrong(w[3], w[4], G * h, D),
           in.wrong(w[5], w[6], G * h, D), out.wrong(w[7], w[8], D, H * h),
@@ -544,8 +567,9 @@ std::string wrong_layers(const Call& call) {
 std::string wrong(const Call& call) {
   // What the binding of the handler says; the rest has no types there.
   const std::vector<XLA_FFI_DataType> types[kTargets] = {
-      {F32}, {F32, F32}, {F32}, {F32}, {F32, F32, F32, S32}, {F32, S32}};
-  const size_t fixed[kTargets] = {3, 0, 4, 4, 0, 0};
+      {F32},      {F32, F32},           {F32, F32},
+      {F32, F32}, {F32, F32, F32, S32}, {F32, S32}};
+  const size_t fixed[kTargets] = {3, 0, 5, 5, 0, 0};
   const Target target = call.target;
   if (call.misnamed) return "attributes";
   if (fixed[target] && call.args.size() != fixed[target]) return "arguments";
@@ -559,8 +583,8 @@ std::string wrong(const Call& call) {
     case kMatmul: return wrong_matmul(call);
     case kNorm: return wrong_norm(call);
     case kAdd:
-    case kSwiglu:
-      return call.args[3].type == F32 ? wrong_add(call) : "type";
+    case kGated:
+      return call.args[4].type == F32 ? wrong_add(call) : "type";
     case kAttention: return wrong_attention(call);
     default: return wrong_layers(call);
   }
@@ -722,7 +746,7 @@ std::unique_ptr<XLA_FFI_Error> invoke(Call& call,
                                       XLA_FFI_InvokeContext& context) {
   XLA_FFI_Handler* const targets[kTargets] = {
       tritera_matmul,           tritera_norm_matmul, tritera_matmul_add,
-      tritera_swiglu_matmul_add, tritera_attention,  tritera_decoder_layers};
+      tritera_gated_matmul_add, tritera_attention,   tritera_decoder_layers};
   Buffers<XLA_FFI_ArgType> args(call.args);
   Buffers<XLA_FFI_RetType> rets(call.rets);
   const size_t n = call.attrs.size();
@@ -852,15 +876,19 @@ void expect(Call& call, const tritera::Kernel& kernel) {
       tritera::norm_multiply(team, kernel, M, kind.int8, a[0].as<float>(),
                              a[1].as<float>(), call.f("epsilon"),
                              matrices.data(), matrices.size(), y);
-    } else if (call.target == kAdd) {
-      tritera::multiply_add(team, kernel, M, kind.int8, a[0].as<float>(),
-                            matrix_of(a[1], a[2], kind, D), a[3].as<float>(),
-                            y);
+      return;
+    }
+    const float* gain = a[1].count() ? a[1].as<float>() : nullptr;
+    const float epsilon = call.f("epsilon");
+    if (call.target == kAdd) {
+      tritera::multiply_add(team, kernel, M, kind.int8, a[0].as<float>(), gain,
+                            epsilon, matrix_of(a[2], a[3], kind, D),
+                            a[4].as<float>(), y);
     } else {
-      tritera::swiglu_multiply_add(team, kernel, M, kind.int8,
-                                   a[0].as<float>(),
-                                   matrix_of(a[1], a[2], kind, D / 2),
-                                   a[3].as<float>(), y);
+      tritera::gated_multiply_add(
+          team, kernel, M, kind.int8, a[0].as<float>(),
+          static_cast<tritera::Gate>(call.i("gate")), gain, epsilon,
+          matrix_of(a[2], a[3], kind, D / 2), a[4].as<float>(), y);
     }
     return;
   }
@@ -878,7 +906,7 @@ void expect(Call& call, const tritera::Kernel& kernel) {
     return;
   }
   std::copy_n(a[0].as<float>(), M * D, y);
-  const int64_t weights = call.b("gains") ? 18 : 16;
+  const int64_t weights = weights_of(call);
   const Matrices in{call.i("format"), false, call.b("int8")};
   const Matrices out{in.format, call.b("out_along_inputs"), in.int8};
   for (int64_t i = 0; i < call.i("layers"); ++i) {
@@ -886,12 +914,14 @@ void expect(Call& call, const tritera::Kernel& kernel) {
     const auto of = [&](int at, const Matrices& kind, int64_t K) {
       return matrix_of(w[at], w[at + 1], kind, K);
     };
-    const bool gains = weights == 18;
+    const Value* last = w + 16;
+    const auto gain = [&](const char* name) {
+      return call.b(name) ? (last++)->as<float>() : nullptr;
+    };
     const int64_t F = w[10].dims[0];
+    // Braces take them in this order.
     const tritera::LayerWeights layer{
         w[0].as<float>(),
-        gains ? w[16].as<float>() : nullptr,
-        gains ? w[17].as<float>() : nullptr,
         w[9].as<float>(),
         of(1, in, D),
         of(3, in, D),
@@ -899,8 +929,13 @@ void expect(Call& call, const tritera::Kernel& kernel) {
         of(7, out, int64_t{shape.heads} * shape.width),
         of(10, in, D),
         of(12, in, D),
-        of(14, out, F)};
-    tritera::layer(team, kernel, batch, shape, in.int8, layer,
+        of(14, out, F),
+        gain("gains"),
+        gain("gains"),
+        gain("o_gain"),
+        gain("down_gain")};
+    tritera::layer(team, kernel, batch, shape,
+                   static_cast<tritera::Gate>(call.i("gate")), in.int8, layer,
                    cache_of(&call.rets[1 + i * (int8_cache ? 4 : 2)],
                             int8_cache),
                    y);

@@ -197,6 +197,9 @@ void test_fused(Random& random, const std::vector<Setting>& settings) {
                                           gate_up.begin() + M * K));
   const Block<float> residual(random.normals(M * N));
   const int kind = random.integer(0, 2);
+  const bool normed = kind == 0 || random.integer(0, 1);
+  const float* gains = normed ? gain.get() : nullptr;
+  const auto gate = pick(random, {tritera::kSilu, tritera::kRelu2});
   const bool pair = kind == 0 && second.segments() == w.segments();
   const bool in_place = kind && random.integer(0, 1);
   const int64_t width = pair ? N + second.outputs : N;
@@ -208,14 +211,14 @@ void test_fused(Random& random, const std::vector<Setting>& settings) {
       Team team(helpers);
       const Kernel& kernel = setting.kernel;
       if (kind == 0)
-        tritera::norm_multiply(team, kernel, M, int8, x.get(), gain.get(),
-                               1e-5f, both, pair ? 2 : 1, y.get());
+        tritera::norm_multiply(team, kernel, M, int8, x.get(), gains, 1e-5f,
+                               both, pair ? 2 : 1, y.get());
       else if (kind == 1)
-        tritera::multiply_add(team, kernel, M, int8, x.get(), both[0], from,
-                              y.get());
+        tritera::multiply_add(team, kernel, M, int8, x.get(), gains, 1e-5f,
+                              both[0], from, y.get());
       else
-        tritera::swiglu_multiply_add(team, kernel, M, int8, x2.get(), both[0],
-                                     from, y.get());
+        tritera::gated_multiply_add(team, kernel, M, int8, x2.get(), gate,
+                                    gains, 1e-5f, both[0], from, y.get());
     };
     Block<float> y(M * width), others(M * width), inputs(x.size());
     run(setting.crews[0], y);
@@ -224,12 +227,11 @@ void test_fused(Random& random, const std::vector<Setting>& settings) {
     const tritera::Ops& ops = *setting.kernel.ops;
     for (int64_t t = 0; t < M; ++t) {
       float* to = &inputs[t * K];
-      if (kind == 0)
-        ops.rms_norm(&x[t * K], gain.get(), K, 1e-5f, to);
-      else if (kind == 1)
-        std::copy_n(&x[t * K], K, to);
+      if (kind == 2)
+        ops.gated[gate](&x2[2 * t * K], &x2[2 * t * K + K], K, to);
       else
-        ops.swiglu(&x2[2 * t * K], &x2[2 * t * K + K], K, to);
+        std::copy_n(&x[t * K], K, to);
+      if (normed) ops.rms_norm(to, gains, K, 1e-5f, to);
     }
     const Oracle first(w, inputs.get(), M, int8);
     const Oracle last(pair ? second : w, inputs.get(), M, int8);
@@ -241,10 +243,11 @@ void test_fused(Random& random, const std::vector<Setting>& settings) {
                                       kind ? &residual[t * N + n] : nullptr)
                         : last.error(t, n - N, y[t * width + n]));
     const char* names[] = {"norm_multiply", "multiply_add",
-                           "swiglu_multiply_add"};
+                           "gated_multiply_add"};
     char what[100];
-    snprintf(what, sizeof what, "M %ld K %ld N %ld int8 %d format %d", long(M),
-             long(K), long(N), int8, format);
+    snprintf(what, sizeof what,
+             "M %ld K %ld N %ld int8 %d format %d normed %d gate %d", long(M),
+             long(K), long(N), int8, format, normed, gate);
     setting.tally.error(setting.name(names[kind]), most, what);
   }
 }
@@ -476,11 +479,12 @@ void test_layer(Random& random, const std::vector<Setting>& settings) {
                 down = weights(D, F, true);
   const Block<float> norms[] = {
       Block<float>(random.normals(D)), Block<float>(random.normals(D)),
-      Block<float>(random.normals(h)), Block<float>(random.normals(h))};
+      Block<float>(random.normals(h)), Block<float>(random.normals(h)),
+      Block<float>(random.normals(H * h)), Block<float>(random.normals(F))};
   const bool gains = random.integer(0, 1);
+  const bool o_gain = random.integer(0, 1), down_gain = random.integer(0, 1);
+  const auto f = pick(random, {tritera::kSilu, tritera::kRelu2});
   const LayerWeights layer{norms[0].get(),
-                           gains ? norms[2].get() : nullptr,
-                           gains ? norms[3].get() : nullptr,
                            norms[1].get(),
                            q.matrix(),
                            k.matrix(),
@@ -488,7 +492,11 @@ void test_layer(Random& random, const std::vector<Setting>& settings) {
                            o.matrix(),
                            gate.matrix(),
                            up.matrix(),
-                           down.matrix()};
+                           down.matrix(),
+                           gains ? norms[2].get() : nullptr,
+                           gains ? norms[3].get() : nullptr,
+                           o_gain ? norms[4].get() : nullptr,
+                           down_gain ? norms[5].get() : nullptr};
   Caches<T> before(s.cache_heads(), h, shape.slots);
   fill(random, s, before);
   const std::vector<float> from = some_tokens_of(random, M, D);
@@ -506,20 +514,21 @@ void test_layer(Random& random, const std::vector<Setting>& settings) {
       tritera::attention(team, kernel, s.batch(), shape, wide.get(),
                          layer.q_gain, layer.k_gain, wanted.get(),
                          narrow.get());
-      tritera::multiply_add(team, kernel, M, int8, narrow.get(), layer.o,
-                            x.get(), x.get());
+      tritera::multiply_add(team, kernel, M, int8, narrow.get(), layer.o_gain,
+                            shape.epsilon, layer.o, x.get(), x.get());
       tritera::norm_multiply(team, kernel, M, int8, x.get(), layer.mlp_norm,
                              shape.epsilon, &layer.gate, 2, wide.get());
-      tritera::swiglu_multiply_add(team, kernel, M, int8, wide.get(),
-                                   layer.down, x.get(), x.get());
+      tritera::gated_multiply_add(team, kernel, M, int8, wide.get(), f,
+                                  layer.down_gain, shape.epsilon, layer.down,
+                                  x.get(), x.get());
     }
     for (const size_t crew : {0, random.integer(1, 4)}) {
       Block<float> y(from);
       Caches<T> caches(s.cache_heads(), h, shape.slots);
       caches.copy(before);
       Team team(setting.crews[crew]);
-      tritera::layer(team, kernel, s.batch(), shape, int8, layer, caches.get(),
-                     y.get());
+      tritera::layer(team, kernel, s.batch(), shape, f, int8, layer,
+                     caches.get(), y.get());
       setting.tally.equal(setting.name("layer"),
                           same(x, y) && caches == wanted);
     }

@@ -98,6 +98,11 @@ void test_rms_norm(const std::string& name, const Ops& ops, Tally& tally) {
     Block<float> input(x), gains(gain), y(n);
     float epsilon = trial % 3 ? 1e-5f : 1e-6f;
     ops.rms_norm(input.get(), gains.get(), n, epsilon, y.get());
+    Block<float> in_place(x);
+    ops.rms_norm(in_place.get(), gains.get(), n, epsilon, in_place.get());
+    bool same = true;
+    for (size_t i = 0; i < n; ++i) same = same && same_bits(in_place[i], y[i]);
+    tally.equal(name + " rms_norm in place", same);
     double sum = 0;
     for (float value : x) sum += static_cast<double>(value) * value;
     double factor = 1 / sqrt(sum / n + epsilon), most = 0;
@@ -111,7 +116,7 @@ void test_rms_norm(const std::string& name, const Ops& ops, Tally& tally) {
   tally.equal(name + " rms_norm inf", isnan(y[3]));
 }
 
-void test_swiglu(const std::string& name, const Ops& ops, Tally& tally) {
+void test_silu(const std::string& name, const Ops& ops, Tally& tally) {
   Random random(3);
   for (int trial = 0; trial < 600; ++trial) {
     size_t n = trial < 500 ? trial / 2 + 1 : 8000;
@@ -121,19 +126,43 @@ void test_swiglu(const std::string& name, const Ops& ops, Tally& tally) {
                            -1000, 1000,  kNan,   kInf, -kInf, 89,     3e38f};
     for (float edge : edges) gate[random.integer(0, n - 1)] = edge;
     Block<float> gates(gate), ups(up), y(n);
-    ops.swiglu(gates.get(), ups.get(), n, y.get());
+    ops.gated[tritera::kSilu](gates.get(), ups.get(), n, y.get());
     double most = 0;
     for (size_t i = 0; i < n; ++i) {
       double g = gate[i], wanted = g / (1 + exp(-g)) * up[i];
       // Past e^88.7 the quotient is 0 in float32.
       if (g < -88) {
-        tally.equal(name + " swiglu ends",
+        tally.equal(name + " silu ends",
                     isinf(g) ? isnan(y[i]) : fabs(y[i]) < 1e-35);
       } else {
         most = std::max(most, ulps(y[i], wanted));
       }
     }
-    tally.error(name + " swiglu / 5 ulp", most / 5);
+    tally.error(name + " silu / 5 ulp", most / 5);
+  }
+}
+
+void test_relu2(const std::string& name, const Ops& ops, Tally& tally) {
+  Random random(6);
+  for (int trial = 0; trial < 600; ++trial) {
+    size_t n = trial < 500 ? trial / 2 + 1 : 8000;
+    std::vector<float> gate = random.normals(n, trial % 2 ? 3 : 30);
+    std::vector<float> up = random.normals(n);
+    const float edges[] = {0,    -0.0f, 1e-40f, -1e-40f, 1e-20f, 1e19f,
+                           1e20f, -1e20f, kNan, -kNan, kInf, -kInf};
+    for (float edge : edges) gate[random.integer(0, n - 1)] = edge;
+    Block<float> gates(gate), ups(up), y(n);
+    ops.gated[tritera::kRelu2](gates.get(), ups.get(), n, y.get());
+    bool same = true;
+    for (size_t i = 0; i < n; ++i) {
+      // Both products are rounded: the double of a square is exact.
+      const double g = gate[i] <= 0 ? 0 : gate[i];
+      const float square = static_cast<float>(g * g);
+      const float wanted =
+          static_cast<float>(static_cast<double>(square) * up[i]);
+      same = same && same_bits(y[i], wanted);
+    }
+    tally.equal(name + " relu2", same);
   }
 }
 
@@ -228,7 +257,8 @@ int main(int argc, char** argv) {
     }
     testing::test_quantize(name, *ops, tally);
     testing::test_rms_norm(name, *ops, tally);
-    testing::test_swiglu(name, *ops, tally);
+    testing::test_silu(name, *ops, tally);
+    testing::test_relu2(name, *ops, tally);
     testing::test_rotate(name, *ops, tally);
     testing::test_store<int8_t>(name, *ops, tally);
     testing::test_store<uint16_t>(name, *ops, tally);
