@@ -12,6 +12,7 @@ import numpy as np
 OFFSET = 128  # byte = int8 weight + 128
 # A row below it counts as all zero, as a token does in `matmul.reference`.
 SMALLEST_ABSMAX = 1e-30
+_PART = 1 << 22  # weights rounded together
 
 
 @jax.tree_util.register_dataclass
@@ -50,18 +51,25 @@ def quantize_rows(w_NK: Float[Array | np.ndarray, 'N K']) -> ByteMatrix:
     ValueError: a NaN or an infinity: which entry.
   """
   w_NK = np.asarray(w_NK, np.float32)
-  absmax_N = np.abs(w_NK).max(axis=1)
-  if not np.isfinite(absmax_N).all():
-    n, k = np.argwhere(~np.isfinite(w_NK))[0]
-    raise ValueError(f'w_NK[{n}, {k}]={w_NK[n, k]} must be finite')
-  zero_N = absmax_N < SMALLEST_ABSMAX
-  usable_N = np.where(zero_N, np.float32(1), absmax_N)
-  q_NK = np.rint(w_NK * (np.float32(127) / usable_N)[:, None])
-  q_NK[zero_N] = 0
-  return ByteMatrix(
-    jnp.asarray((q_NK + OFFSET).astype(np.uint8)),
-    jnp.asarray(np.where(zero_N, np.float32(0), usable_N / np.float32(127))),
-  )
+  N, K = w_NK.shape
+  data_NK = np.empty((N, K), np.uint8)
+  scale_N = np.empty(N, np.float32)
+  # In parts: of a head, temporaries are gigabytes.
+  rows = max(1, _PART // max(1, K))
+  for first in range(0, N, rows):
+    part = slice(first, first + rows)
+    w_nK = w_NK[part]
+    absmax_n = np.abs(w_nK).max(axis=1)
+    if not np.isfinite(absmax_n).all():
+      n, k = np.argwhere(~np.isfinite(w_nK))[0]
+      raise ValueError(f'w_NK[{first + n}, {k}]={w_nK[n, k]} must be finite')
+    zero_n = absmax_n < SMALLEST_ABSMAX
+    usable_n = np.where(zero_n, np.float32(1), absmax_n)
+    q_nK = np.rint(w_nK * (np.float32(127) / usable_n)[:, None])
+    q_nK[zero_n] = 0
+    data_NK[part] = q_nK + OFFSET
+    scale_N[part] = np.where(zero_n, np.float32(0), usable_n / np.float32(127))
+  return ByteMatrix(jnp.asarray(data_NK), jnp.asarray(scale_N))
 
 
 def dequantize(matrix: ByteMatrix) -> Float32[Array, 'N K']:

@@ -59,15 +59,10 @@ def pack_checkpoint(
         'are latents, `tritera import --weights latents` makes a run to pack'
       )
     found.check_tokenizer()
-    rest = {}
-    for tensor in found.tensors:
-      if tensor.linear is None:
-        values = found.rest(tensor).astype(np.float32)
-        rest[tensor.name] = values.T if tensor.transposed else values
     packed = pack.pack_parts(
       model,
       map(found.matrix, progress(found.linears)),
-      rest,
+      _rest(found),
       format=format,
       activations=activations,
       head=head,
@@ -76,3 +71,12 @@ def pack_checkpoint(
     with new_folder.whole(out) as partial:
       report = pack.write(packed, partial, found.tokenizer)
   return dataclasses.replace(report, folder=out)
+
+
+def _rest(found: source_lib.Source) -> dict[str, np.ndarray]:
+  rest = {}
+  for tensor in found.tensors:
+    if tensor.linear is None:
+      values = found.rest(tensor).astype(np.float32)
+      rest[tensor.name] = values.T if tensor.transposed else values
+  return rest
