@@ -10,7 +10,11 @@ import numpy as np
 
 from tritera_jax.checkpoint import pack
 from tritera_jax.data import tokenizer as tokenizer_lib
-from tritera_jax.interop.huggingface import matrices, names
+from tritera_jax.interop.huggingface import (
+  matrices,
+  names,
+  safetensors_file,
+)
 from tritera_jax.interop.huggingface.config_file import Description
 from tritera_jax.interop.huggingface.safetensors_file import TensorFiles
 from tritera_jax.model.config import ModelConfig
@@ -98,6 +102,7 @@ def check_tokenizer(file: Path, model: ModelConfig):
       'transformers: AutoTokenizer.from_pretrained(FOLDER).save_pretrained('
       'FOLDER)'
     )
+  safetensors_file.check_fetched(file)
   ids = tokenizer_lib.load_tokenizer(file).get_vocab()
   name = max(ids, key=ids.__getitem__, default='')
   if ids.get(name, model.vocab_size) >= model.vocab_size:
@@ -249,15 +254,13 @@ def ternary(
     ValueError: it is of others: its place is named; or a scale is none.
   """
   scales, axis = blocks(model, tensor)
-  stored_NK = files.read(tensor.theirs)
+  stored_NK, where = files.read(tensor.theirs), files.where(tensor.theirs)
   if stored_NK.dtype == np.uint8:
-    codes_NK = matrices.unpack(stored_NK, tensor.theirs)
+    codes_NK = matrices.unpack(stored_NK, where)
     scale_S = np.ones(scales, np.float32)
   else:
-    codes_NK, scale_S = matrices.ternary_of(
-      stored_NK, scales, axis, tensor.theirs
-    )
-  scale_S = scale_S * _factor(files, described, tensor)
+    codes_NK, scale_S = matrices.ternary_of(stored_NK, scales, axis, where)
+  scale_S = scale_S * factor(files, described, tensor)
   return codes_NK, pack.seen_scales(codes_NK, scale_S, axis)
 
 
@@ -270,25 +273,29 @@ def values(
     ValueError: one is NaN or infinite, or a scale is none.
   """
   stored_NK = files.read(tensor.theirs)
-  matrices.check_finite(stored_NK, tensor.theirs)
-  factor = _factor(files, described, tensor)
-  return stored_NK.astype(np.float32) * factor
+  matrices.check_finite(stored_NK, files.where(tensor.theirs))
+  return stored_NK.astype(np.float32) * factor(files, described, tensor)
 
 
-def _factor(
+def factor(
   files: TensorFiles, described: Description, tensor: names.Tensor
 ) -> np.float32:
-  """What the tensor's values are to be multiplied by."""
+  """What the tensor's values are to be multiplied by.
+
+  Raises:
+    ValueError: it is not above 0 and finite.
+  """
   if described.weight_scale is None:
     return np.float32(1)
   name = f'{tensor.module}.weight_scale'
   scale = np.float32(files.read(name).reshape(())[()])
   with np.errstate(divide='ignore', over='ignore'):
-    factor = scale
+    found = scale
     if described.weight_scale == 'divisor':
-      factor = np.float32(1) / scale
-  if not 0 < factor < np.inf or not 0 < scale < np.inf:
+      found = np.float32(1) / scale
+  if not 0 < found < np.inf or not 0 < scale < np.inf:
     raise ValueError(
-      f'{name} is {scale}; it must be above 0 and finite, and so its reciprocal'
+      f'{files.where(name)} is {scale}; it must be above 0 and finite, and so '
+      'its reciprocal'
     )
-  return factor
+  return found

@@ -20,6 +20,7 @@ from tritera_jax.interop.huggingface.config_file import Description
 from tritera_jax.interop.huggingface.contents import Dtype, Weights
 from tritera_jax.interop.huggingface.safetensors_file import TensorFiles
 from tritera_jax.ternary import latents
+from tritera_kernels import fingerprint
 
 
 class Source:
@@ -102,9 +103,10 @@ class Source:
       ValueError: a value is NaN or infinite, or head and embedding differ that
         are said to be one.
     """
-    values = self._files.read(
-      'model.embed_tokens.weight' if self._tied(tensor) else tensor.theirs
-    )
+    stored = tensor.theirs
+    if self._tied(tensor):
+      stored = 'model.embed_tokens.weight'
+    values = self._files.read(stored)
     if (
       self._tied(tensor)
       and tensor.theirs in self._files.tensors
@@ -115,7 +117,7 @@ class Source:
         f'{tensor.theirs} is not model.embed_tokens.weight; set false, or '
         'delete the tensor'
       )
-    matrices.check_finite(values, tensor.theirs)
+    matrices.check_finite(values, self._files.where(stored))
     return values
 
   def _tied(self, tensor: names.Tensor) -> bool:
@@ -129,15 +131,23 @@ class Source:
     """See `contents.check_tokenizer`."""
     contents.check_tokenizer(self.tokenizer, self.described.model)
 
-  def check_fingerprint(self, made: str | None):
+  def fingerprint(self) -> str:
+    """Of the codes and scales that are stored; reads them all."""
+    return fingerprint.trit_fingerprint(map(self.matrix, self.linears))
+
+  def where(self, tensor: names.Tensor) -> str:
+    """File and name, for errors."""
+    return self._files.where(tensor.theirs)
+
+  def check_fingerprint(self, stored: str | None):
     """Compares with what a file of ours says.
 
     Raises:
       ValueError: it says something else.
     """
-    if made and self.described.fingerprint not in (None, made):
+    if stored and self.described.fingerprint not in (None, stored):
       raise ValueError(
-        f'{self.folder}: its codes and scales have {made}, config.json says '
+        f'{self.folder}: its codes and scales have {stored}, config.json says '
         f'{self.described.fingerprint}; if the weights were changed since they '
         'were exported, delete the object "tritera" from config.json'
       )
