@@ -24,6 +24,10 @@ Weights = Literal['ternary', 'latents', 'float']
 Dtype = Literal['float32', 'bfloat16']
 
 _FEW = 32  # magnitudes
+_ROWS = 8  # of a matrix, to see what it is
+# Of trained matrices mean|W| is 0.01 to 5, and its reciprocal is what stands in
+# files of 'bitlinear': tens.
+_LARGEST = 8.0
 _FLOATS = ('F64', 'F32', 'F16', 'BF16')
 
 
@@ -39,6 +43,15 @@ def check_tensors(files: TensorFiles, described: Description, folder: Path):
     raise ValueError(
       f'{folder}: num_hidden_layers={model.layers}, and there are '
       f'{len(files.tensors)} tensors'
+    )
+  if described.weights == 'latents' and any(
+    tensor.linear and files.tensors[tensor.theirs].dtype == 'U8'
+    for tensor in names.tensors(model, described.architecture).values()
+    if tensor.theirs in files.tensors
+  ):
+    raise ValueError(
+      f'{folder}: matrices are of packed bytes (U8), and by config.json they '
+      "are latents; set quantization_mode='offline' in its quantization_config"
     )
   problems, wanted = [], set()
   for tensor in names.tensors(model, described.architecture).values():
@@ -132,26 +145,24 @@ def decide(
   kinds = {files.tensors[x.theirs].dtype == 'U8' for x in linears}
   if len(kinds) > 1:
     raise ValueError(
-      'some matrices are of packed bytes (U8) and some of values; all of a '
-      'model are quantised, or none'
+      f'{files.path}: some matrices are of packed bytes (U8) and some of '
+      'values; all of a model are quantised, or none'
     )
   if kinds == {True}:
-    if found == 'latents':
-      raise ValueError(
-        'matrices are of packed bytes (U8), and config.json says quantization_'
-        "mode='online', for latents; set 'offline'"
-      )
+    _check_factors(files, described, linears)
     found = 'ternary'
   elif found == 'ternary':
     raise ValueError(
-      'matrices are of values, and config.json says linear_class='
-      "'bitlinear', for packed bytes (U8); set 'autobitlinear' if values times "
-      'weight_scale are meant'
+      f'{files.path}: matrices are of values, and config.json says linear_'
+      "class='bitlinear', for packed bytes (U8); set 'autobitlinear' if values "
+      'times weight_scale are meant'
     )
   elif found is None and described.model.family == 'ternary':
     found = 'ternary'  # so it says of itself: what is not is refused
+  elif found is None and wanted == 'float' and not described.weight_scale:
+    found = 'float'  # whatever they look like
   elif found is None:
-    found = _looks(files, described, linears)
+    found = _looks(files, described, linears, wanted)
   if wanted is None or wanted == found:
     return found
   # Any floats can be latents; where they are not ternary is said when they are
@@ -168,26 +179,102 @@ def decide(
   )
 
 
-def _looks(
+def _check_factors(
   files: TensorFiles, described: Description, linears: list[names.Tensor]
+):
+  """Refuses scales that are the reciprocals of what config.json says.
+
+  Raises:
+    ValueError: they are, or one is not above 0 and finite.
+  """
+  middle = float(np.median([factor(files, described, x) for x in linears]))
+  if middle > _LARGEST:
+    there, other = 'bitlinear', 'autobitlinear'
+    if described.weight_scale == 'factor':
+      there, other = other, there
+    raise ValueError(
+      f'{files.path}: by linear_class={there!r} of quantization_config the '
+      f'scales of its matrices are {middle:.3g} in the middle, and no trained '
+      f'model has such; by {other!r} they are {1 / middle:.3g}: set that'
+    )
+
+
+def _looks(
+  files: TensorFiles,
+  described: Description,
+  linears: list[names.Tensor],
+  wanted: Weights | None,
 ) -> Weights:
-  """By the first matrix that is not all zeros."""
+  """By a few rows of every matrix that is not all zeros.
+
+  Raises:
+    ValueError: nobody says what matrices are, and they do not look alike, or
+      like what the architecture is made of.
+  """
+  kinds = {}
   for tensor in linears:
-    values_NK = files.read(tensor.theirs)
-    if not np.any(values_NK):
-      continue
-    try:
-      matrices.ternary_of(
-        values_NK, *blocks(described.model, tensor), tensor.theirs
-      )
-    except matrices.NotTernaryError:
+    kind = _look(files, described, tensor)
+    if kind is not None:
+      kinds.setdefault(kind, tensor.theirs)
+  found: Weights = 'ternary' if kinds.keys() == {'ternary'} else 'float'
+  if wanted is not None:
+    return found
+  if len(kinds) > 1:
+    raise ValueError(
+      f'{files.where(kinds["ternary"])} is ternary, and '
+      f'{files.where(kinds["float"])} is not: give weights (--weights float, '
+      'or latents), or mend the matrices'
+    )
+  if (
+    found == 'float'
+    and described.architecture == 'BitNetForCausalLM'
+    and described.weight_scale is None
+    and not described.ours
+  ):
+    raise ValueError(
+      f'{files.path}: matrices are not ternary, and config.json of '
+      f'{described.architecture} has no quantization_config that would say '
+      'that they are latents; give weights (--weights latents '
+      '--activation-bits 8, or --weights float)'
+    )
+  return found
+
+
+def _look(
+  files: TensorFiles, described: Description, tensor: names.Tensor
+) -> Literal['ternary', 'float'] | None:
+  """What a matrix looks like; None: all zeros."""
+  scales, axis = blocks(described.model, tensor)
+  where = files.where(tensor.theirs)
+  parts = scales if axis == 'out' else 1  # as many rows of each
+  length = tensor.shape[0] // parts
+  step = -(-length * parts // _ROWS)
+  some_NK = files.rows(
+    tensor.theirs,
+    (p * length + n for p in range(parts) for n in range(0, length, step)),
+  )
+  if not np.any(some_NK):
+    some_NK = files.read(tensor.theirs)
+  if not np.any(some_NK):
+    return None
+  try:
+    matrices.ternary_of(some_NK, scales, axis, where)
+  except matrices.NotTernaryError:
+    if _few(some_NK):
       # Trained floats have thousands; these are ternary ones that are damaged,
       # or in other blocks than config.json says.
-      if len(np.unique(np.abs(values_NK))) <= _FEW < values_NK.size / 4:
-        raise
-      return 'float'
-    return 'ternary'
-  return 'float'
+      all_NK = files.read(tensor.theirs)
+      if _few(all_NK):
+        matrices.ternary_of(all_NK, scales, axis, where)
+    return 'float'
+  except ValueError:  # not finite: the place is in the whole
+    matrices.check_finite(files.read(tensor.theirs), where)
+    raise
+  return 'ternary'
+
+
+def _few(values: np.ndarray) -> bool:
+  return len(np.unique(np.abs(values))) <= _FEW < values.size / 4
 
 
 def blocks(model: ModelConfig, tensor: names.Tensor) -> tuple[int, ScaleAxis]:
