@@ -294,6 +294,9 @@ def test_tokenizers_are_compared_with_the_vocabulary(tmp_path):
   file.write_text(json.dumps(there))
   with pytest.raises(ValueError, match='id 384, and config.json says vocab_si'):
     importing.import_run(source, tmp_path / 'run')
+  file.write_text('version https://git-lfs.github.com/spec/v1\noid sha256:0\n')
+  with pytest.raises(ValueError, match=r'tokenizer.json is .* `git lfs pull`'):
+    importing.import_run(source, tmp_path / 'run')
   file.unlink()
   with pytest.raises(FileNotFoundError, match='make it from another kind'):
     importing.import_run(source, tmp_path / 'run')
@@ -312,11 +315,14 @@ def test_an_interrupted_import_leaves_nothing_that_loads(tmp_path, monkeypatch):
       imported(tmp_path, 'trilm')
   assert [path.name for path in tmp_path.iterdir()] == ['hf']
   # What a killed one left is no hindrance; what is there is not touched.
-  (tmp_path / 'run.partial' / 'staged').mkdir(parents=True)
+  (tmp_path / 'run.tritera-partial' / 'staged').mkdir(parents=True)
+  (tmp_path / 'run.partial').mkdir()  # somebody's
   imported(tmp_path, 'trilm')
   with pytest.raises(FileExistsError, match='is there already'):
     imported(tmp_path, 'trilm')
-  assert not (tmp_path / 'run.partial').exists()
+  assert {path.name for path in tmp_path.iterdir()} == {
+    'hf', 'run', 'run.partial',
+  }  # fmt: skip
 
 
 def test_what_was_exported_here_comes_back_as_it_was(tmp_path):

@@ -28,7 +28,7 @@ _ROWS = 8  # of a matrix, to see what it is
 # Of trained matrices mean|W| is 0.01 to 5, and its reciprocal is what stands in
 # files of 'bitlinear': tens.
 _LARGEST = 8.0
-_FLOATS = ('F64', 'F32', 'F16', 'BF16')
+FLOATS = ('F64', 'F32', 'F16', 'BF16')
 
 
 def check_tensors(files: TensorFiles, described: Description, folder: Path):
@@ -62,7 +62,7 @@ def check_tensors(files: TensorFiles, described: Description, folder: Path):
     if stored is None:
       problems.append(f'{tensor.theirs} is missing')
       continue
-    shape, floats = tensor.shape, stored.dtype in _FLOATS
+    shape, floats = tensor.shape, stored.dtype in FLOATS
     if tensor.linear and described.weight_scale and stored.dtype == 'U8':
       # Four outputs a byte.
       shape = (shape[0] // 4 if shape[0] % 4 == 0 else -1, *shape[1:])

@@ -40,11 +40,6 @@ from tritera_jax.ternary.schedule import CosineSchedule
 from tritera_kernels import fingerprint
 
 RECORD = 'imported.json'
-# A float32 scale may have no latents of its own (`latents.latents_of`): the
-# quotient and, without a floor, its sum with eps are rounded, and each steps
-# over values. Of 504 random ones of seven shapes 49 were one unit off, none
-# more; 4 leave room, and are 2^-21 of a scale where bfloat16 rounds by 2^-9.
-ULPS = 4
 
 
 class Report(NamedTuple):
@@ -182,7 +177,7 @@ class _Work:
       _, codes_NK, wanted_S, _ = self.found.matrix(tensor)
       try:
         latents_KN = latents_lib.latents_of(
-          codes_NK.T, wanted_S, axis, floor=floor, ulps=ULPS
+          codes_NK.T, wanted_S, axis, floor=floor, ulps=latents_lib.MOST_ULPS
         )
       except ValueError as error:
         raise ValueError(f'{self.found.where(tensor)}: {error}') from None

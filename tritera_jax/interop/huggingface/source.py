@@ -59,15 +59,20 @@ class Source:
     return [tensor for tensor in self.tensors if tensor.linear is not None]
 
   @property
-  def scale_dtype(self) -> str:
-    """What the scales are stored in, as safetensors calls it."""
-    if self.weights == 'latents':
+  def scale_dtypes(self) -> set[str]:
+    """What the matrices' scales are known in, as safetensors calls it."""
+    return {self._scale_dtype(tensor) for tensor in self.linears}
+
+  def _scale_dtype(self, tensor: names.Tensor) -> str:
+    stored = self._files.tensors[tensor.theirs].dtype
+    if self.weights == 'latents' or self.described.weight_scale == 'divisor':
       return 'F32'  # they are computed
-    # They are values of their own beside codes, or are in every value.
-    holder = self.linears[0].theirs
-    if self.described.weight_scale is not None:
-      holder = f'{self.linears[0].module}.weight_scale'
-    return self._files.tensors[holder].dtype
+    if self.described.weight_scale is None:
+      return stored  # each is in every value
+    if stored in contents.FLOATS:
+      factor = contents.factor(self._files, self.described, tensor)
+      return stored if factor == 1 else 'F32'  # a product
+    return self._files.tensors[f'{tensor.module}.weight_scale'].dtype
 
   def matrix(self, tensor: names.Tensor) -> Matrix:
     """Codes and scales of one of `linears`, of a model that is ternary.
