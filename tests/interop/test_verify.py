@@ -122,6 +122,24 @@ def test_divisors_are_compared_as_the_scales_that_they_make(tmp_path):
     verify.verify(*folders)
 
 
+def test_products_with_a_factor_are_float32(tmp_path):
+  """0.75 of these two is one bfloat16, which the factor is stored in."""
+
+  def times(value):
+    found = checkpoints.tensors('bitnet')
+    for name in [name for name in found if name.endswith('_proj.weight')]:
+      codes = np.sign(checkpoints.weight('bitnet', found, name[:-7]))
+      found[name] = (codes * value).astype(np.float16)
+      factor = np.full(1, 0.75, ml_dtypes.bfloat16)
+      found[f'{name[:-7]}.weight_scale'] = factor
+    return checkpoints.write(
+      tmp_path / str(value), checkpoints.KINDS['bitnet'], found
+    )
+
+  with pytest.raises(DifferenceError, match='not equal in float32'):
+    verify.verify(times(0.1), times(0.1001))
+
+
 def test_an_import_is_as_far_off_as_it_says(tmp_path):
   source = bitlinear(tmp_path / 'hf', lambda found: None)
   report = importing.import_run(source, tmp_path / 'run')

@@ -239,13 +239,15 @@ def _huggingface(folder: Path) -> Artefact:
   with source.opened(folder) as found:
     if found.weights == 'float':
       raise ValueError(f'{folder} is of a FloatLM, which has no codes')
-    kept = _coarsest(*(_STORED.get(x, 'float32') for x in found.scale_dtypes))
+    kinds: list[Kept] = [
+      _STORED.get(dtype, 'float32') for dtype in found.scale_dtypes
+    ]
 
   def read(_: ModelConfig) -> Iterator[Matrix]:
     with source.opened(folder) as found:
       yield from map(found.matrix, found.linears)
 
-  return Artefact(folder, 'huggingface', found.model, kept, read)
+  return Artefact(folder, 'huggingface', found.model, _coarsest(*kinds), read)
 
 
 def _gguf(path: Path) -> Artefact:

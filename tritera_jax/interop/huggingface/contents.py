@@ -44,10 +44,14 @@ def check_tensors(files: TensorFiles, described: Description, folder: Path):
       f'{folder}: num_hidden_layers={model.layers}, and there are '
       f'{len(files.tensors)} tensors'
     )
-  if described.weights == 'latents' and any(
-    tensor.linear and files.tensors[tensor.theirs].dtype == 'U8'
-    for tensor in names.tensors(model, described.architecture).values()
-    if tensor.theirs in files.tensors
+  if (
+    described.weights == 'latents'
+    and described.architecture != names.OLD_BITNET
+    and any(
+      tensor.linear and files.tensors[tensor.theirs].dtype == 'U8'
+      for tensor in names.tensors(model, described.architecture).values()
+      if tensor.theirs in files.tensors
+    )
   ):
     raise ValueError(
       f'{folder}: matrices are of packed bytes (U8), and by config.json they '

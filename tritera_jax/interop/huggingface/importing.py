@@ -78,7 +78,7 @@ def import_run(
     out: folder to make.
     weights: what the blocks' matrices hold: 'ternary' values or codes,
       'latents' of a ternary model, or a FloatLM's ('float'). Default: as
-      config.json says, or else as the first matrix is; demanding one that the
+      config.json says, or else as all matrices look; demanding one that the
       file contradicts is refused. Latents can be any floats.
     dtype: compute dtype of the run's model; default: float32, or what it was
       before it was exported from here.
