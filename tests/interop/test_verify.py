@@ -2,16 +2,17 @@
 import dataclasses
 import itertools
 
+import ml_dtypes
 import numpy as np
 import pytest
 import safetensors.numpy
 
-from tests.interop import gguf_golden
+from tests.interop import checkpoints, gguf_golden
 from tritera_jax import cli
 from tritera_jax.checkpoint import pack, restore
 from tritera_jax.interop import verify
 from tritera_jax.interop.gguf import to_gguf
-from tritera_jax.interop.huggingface import importing, to_huggingface
+from tritera_jax.interop.huggingface import importing, packing, to_huggingface
 from tritera_jax.interop.verify import DifferenceError
 
 
@@ -96,6 +97,72 @@ def test_the_first_difference_is_named(made, tmp_path, capsys):
       verify.verify(made[name], other)
 
 
+def bitlinear(folder, change):
+  found = checkpoints.tensors('bitlinear')
+  change(found)
+  return checkpoints.write(folder, checkpoints.KINDS['bitlinear'], found)
+
+
+DIVISOR = 'model.layers.1.mlp.down_proj.weight_scale'
+
+
+def test_divisors_are_compared_as_the_scales_that_they_make(tmp_path):
+  """1 / 15.75 and 1 / 15.8125 are one bfloat16."""
+  folders = [
+    bitlinear(
+      tmp_path / str(value),
+      lambda found, value=value: found.update(
+        {DIVISOR: np.full(1, value, ml_dtypes.bfloat16)}
+      ),
+    )
+    for value in (15.75, 15.8125)
+  ]
+  words = r'scale 0 is 0.06349\d* in .*, 0.06324\d* in .* not equal in float32'
+  with pytest.raises(DifferenceError, match=words):
+    verify.verify(*folders)
+
+
+def test_products_with_a_factor_are_float32(tmp_path):
+  """0.75 of these two is one bfloat16, which the factor is stored in."""
+
+  def times(value):
+    found = checkpoints.tensors('bitnet')
+    for name in [name for name in found if name.endswith('_proj.weight')]:
+      codes = np.sign(checkpoints.weight('bitnet', found, name[:-7]))
+      found[name] = (codes * value).astype(np.float16)
+      factor = np.full(1, 0.75, ml_dtypes.bfloat16)
+      found[f'{name[:-7]}.weight_scale'] = factor
+    return checkpoints.write(
+      tmp_path / str(value), checkpoints.KINDS['bitnet'], found
+    )
+
+  with pytest.raises(DifferenceError, match='not equal in float32'):
+    verify.verify(times(0.1), times(0.1001))
+
+
+def test_an_import_is_as_far_off_as_it_says(tmp_path):
+  source = bitlinear(tmp_path / 'hf', lambda found: None)
+  report = importing.import_run(source, tmp_path / 'run')
+  assert report.rounded
+  same = verify.verify(source, tmp_path / 'run')
+  assert (same.scales, same.ulps) == ('float32', report.ulps)
+  assert 'equal but for 1 in the last place' in str(same)
+  # Two of ours are the same to the bit.
+  pack.pack(tmp_path / 'run', 'two_bit')
+  packed = tmp_path / 'run/packed/two_bit'
+  assert verify.verify(tmp_path / 'run', packed).ulps == 0
+  packing.pack_checkpoint(source, tmp_path / 'direct', format='two_bit')
+  with pytest.raises(DifferenceError, match='not equal in float32'):
+    verify.verify(tmp_path / 'direct', packed)
+
+
+def test_the_coarsest_type_of_all_matrices_is_compared(made, tmp_path):
+  other = changed(
+    made['huggingface'], tmp_path / 'mixed', lambda w: w.astype(np.float16)
+  )
+  assert verify.verify(made['run'], other).scales == 'float16'
+
+
 def test_what_has_no_codes_or_is_nothing_is_refused(made, tmp_path):
   noise = np.random.default_rng(0)
   plain = changed(
@@ -105,6 +172,21 @@ def test_what_has_no_codes_or_is_nothing_is_refused(made, tmp_path):
   )
   with pytest.raises(ValueError, match=r'down_proj.*not ternary'):
     verify.verify(made['run'], plain)
+  left = changed(
+    made['huggingface'], tmp_path / 'x.tritera-partial', lambda w: w
+  )
+  with pytest.raises(ValueError, match='left by a command that was interrup'):
+    verify.verify(left, made['run'])
+  importing.import_run(
+    checkpoints.write(
+      tmp_path / 'llama',
+      checkpoints.KINDS['llama'],
+      checkpoints.tensors('llama'),
+    ),
+    tmp_path / 'float',
+  )
+  with pytest.raises(ValueError, match='float is of a FloatLM'):
+    verify.verify(tmp_path / 'float', made['run'])
   with pytest.raises(FileNotFoundError, match='no GGUF file, and no folder'):
     verify.verify(made['run'], tmp_path)
   with pytest.raises(ValueError, match='how many scales'):

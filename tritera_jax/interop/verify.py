@@ -5,7 +5,9 @@ An artefact is a run, a packed folder, a Hugging Face checkpoint or a GGUF file.
 Each is read as (name, codes, scales, axis) of one matrix after another, and
 codes must be the same. Scales must be too, once both are rounded to the coarser
 of the types that the two keep them in: a checkpoint in float16 has no float32.
-The scale of a block of zeros multiplies nothing and is not compared.
+Beside a Hugging Face checkpoint they may be as far off as an import may make
+them (`latents.MOST_ULPS`), and how far is said. The scale of a block of zeros
+multiplies nothing and is not compared; nor are embeddings, norms and heads.
 
 Shapes: N outputs, K inputs, S scale blocks.
 """
@@ -22,8 +24,9 @@ import numpy as np
 from tritera_jax.checkpoint import pack, packed_file, restore, save
 from tritera_jax.checkpoint.pack import Matrix
 from tritera_jax.interop.gguf import gguf_file, layout
-from tritera_jax.interop.huggingface import source
+from tritera_jax.interop.huggingface import new_folder, source
 from tritera_jax.model.config import ModelConfig
+from tritera_jax.ternary import latents
 from tritera_kernels import fingerprint, packed
 
 Kind = Literal['run', 'packed', 'huggingface', 'gguf']
@@ -58,19 +61,24 @@ class Same(NamedTuple):
     matrices: how many.
     weights: in all of them.
     scales: the type in which scales are equal.
-    fingerprint: of the codes and of the scales in that type.
+    ulps: the most that two are apart, in units of a float32's last place.
+    fingerprint: of the codes and of the first one's scales in that type.
   """
 
   matrices: int
   weights: int
   scales: Kept
+  ulps: int
   fingerprint: str
 
   def __str__(self) -> str:
-    rounded = '' if self.scales == 'float32' else f', rounded to {self.scales}'
+    how = '' if self.scales == 'float32' else f', rounded to {self.scales}'
+    if self.ulps:
+      how = f' but for {self.ulps} in the last place of a float32'
     return (
-      f'the same: {self.weights:,} weights in {self.matrices} matrices, scales '
-      f'equal{rounded}; {self.fingerprint}'
+      f'the same trits and scales: {self.weights:,} weights in {self.matrices} '
+      f'matrices, scales equal{how}; {self.fingerprint}; embeddings, norms and '
+      'head are not compared'
     )
 
 
@@ -91,6 +99,8 @@ def verify(a: str | Path, b: str | Path, *, progress=iter) -> Same:
     FileNotFoundError: there is nothing of these kinds.
     ValueError: one is damaged, or holds no codes.
   """
+  for path in a, b:
+    new_folder.check_whole(Path(path))
   first, second = open_artefact(a), open_artefact(b)
   config = first.config or second.config
   if config is None:
@@ -98,22 +108,27 @@ def verify(a: str | Path, b: str | Path, *, progress=iter) -> Same:
       f'neither {a} nor {b} says how many scales a matrix has; compare each '
       'with the checkpoint that it was made of'
     )
-  kept = _KEPT[max(_KEPT.index(first.kept), _KEPT.index(second.kept))]
-  weights, matrices = 0, []
+  kept = _coarsest(first.kept, second.kept)
+  weights, most, matrices = 0, 0, []
   pairs = itertools.zip_longest(
     first.read(first.config or config), second.read(second.config or config)
   )
 
   def compared() -> Iterator[Matrix]:
-    nonlocal weights
+    nonlocal weights, most
     for one, other in progress(pairs):
-      scale_S = _compare(one, other, first, second, kept)
+      scale_S, ulps = _compare(one, other, first, second, kept)
+      most = max(most, ulps)
       weights += one.codes_NK.size
       matrices.append(one.name)
       yield one._replace(scale_S=scale_S)
 
   proof = fingerprint.trit_fingerprint(compared())
-  return Same(len(matrices), weights, kept, proof)
+  return Same(len(matrices), weights, kept, most, proof)
+
+
+def _coarsest(*kept: Kept) -> Kept:
+  return max(kept, key=_KEPT.index)
 
 
 def _compare(
@@ -122,8 +137,8 @@ def _compare(
   first: Artefact,
   second: Artefact,
   kept: Kept,
-) -> Float32[np.ndarray, ' S']:
-  """The scales of both."""
+) -> tuple[Float32[np.ndarray, ' S'], int]:
+  """The first one's scales, and how many ulps they are off at most."""
   if one is None or other is None or one.name != other.name:
     raise DifferenceError(
       f'{first.path} goes on with {one.name if one else "nothing"}, '
@@ -150,16 +165,23 @@ def _compare(
     pack.seen_scales(*matrix[1:]).astype(jnp.dtype(kept)).astype(np.float32)
     for matrix in (one, other)
   )
-  # bfloat16 of a float16 is not always the bfloat16 of what both were.
-  twice = {first.kept, second.kept} == {'float16', 'bfloat16'}
-  apart_S = np.abs(here_S - there_S) > (2**-7 if twice else 0) * here_S
+  ulps = 0
+  if kept == 'float32':
+    ulps_S = latents.ulps_apart(here_S, there_S)
+    may = 'huggingface' in (first.kind, second.kind)
+    apart_S = ulps_S > (latents.MOST_ULPS if may else 0)
+    ulps = int(ulps_S.max())
+  else:
+    # bfloat16 of a float16 is not always the bfloat16 of what both were.
+    twice = {first.kept, second.kept} == {'float16', 'bfloat16'}
+    apart_S = np.abs(here_S - there_S) > (2**-7 if twice else 0) * here_S
   if apart_S.any():
     block = int(np.argmax(apart_S))
     raise DifferenceError(
-      f'{one.name}: scale {block} is {one.scale_S[block]!r} in {first.path}, '
-      f'{other.scale_S[block]!r} in {second.path}: not equal in {kept}'
+      f'{one.name}: scale {block} is {one.scale_S[block]} in {first.path}, '
+      f'{other.scale_S[block]} in {second.path}: not equal in {kept}'
     )
-  return here_S
+  return here_S, ulps
 
 
 def open_artefact(path: str | Path) -> Artefact:
@@ -174,6 +196,8 @@ def open_artefact(path: str | Path) -> Artefact:
     return _gguf(path)
   if (path / 'experiment.json').is_file():
     config = save.read_experiment(path).model
+    if config.family == 'float':
+      raise ValueError(f'{path} is of a FloatLM, which has no codes')
     return Artefact(path, 'run', config, 'float32', lambda _: _run(path))
   if (path / 'config.json').is_file():
     return _huggingface(path)
@@ -215,13 +239,15 @@ def _huggingface(folder: Path) -> Artefact:
   with source.opened(folder) as found:
     if found.weights == 'float':
       raise ValueError(f'{folder} is of a FloatLM, which has no codes')
-    kept = _STORED.get(found.scale_dtype, 'float32')
+    kinds: list[Kept] = [
+      _STORED.get(dtype, 'float32') for dtype in found.scale_dtypes
+    ]
 
   def read(_: ModelConfig) -> Iterator[Matrix]:
     with source.opened(folder) as found:
       yield from map(found.matrix, found.linears)
 
-  return Artefact(folder, 'huggingface', found.model, kept, read)
+  return Artefact(folder, 'huggingface', found.model, _coarsest(*kinds), read)
 
 
 def _gguf(path: Path) -> Artefact:

@@ -81,7 +81,11 @@ def test_both_spellings_of_rope():
   for fields in (
     {'rope_theta': 5.0, 'rope_scaling': None},
     {'rope_theta': 5.0, 'rope_scaling': {'type': 'default'}},
-    {'rope_parameters': {'rope_theta': 5.0, 'rope_type': 'default'}},
+    {
+      'rope_parameters': {'rope_theta': 5.0, 'rope_type': 'default'},
+      'rope_theta': None,
+    },
+    {'rope_parameters': {'rope_theta': 5.0}, 'rope_theta': 5.0},
   ):
     assert described(**fields).model.rope_theta == 5.0
 
@@ -121,6 +125,8 @@ def bitnet(**fields):
     (bitnet(modules_to_not_convert=['model.layers.0.mlp']), 'or .*lm_head'),
     (bitnet(modules_to_not_convert=[]), "must have 'lm_head' in it"),
     ({'tritera': {'model': {}}}, 'tritera: '),
+    ({'tritera': 3}, 'tritera=3 must be an object'),
+    ({'rope_parameters': {'rope_theta': 5.0}}, 'rope_theta=10000.0 beside it'),
   ],
 )
 def test_other_models_are_refused_by_field_and_value(fields, words):

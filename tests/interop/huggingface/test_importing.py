@@ -138,6 +138,28 @@ def test_a_float_model_rounds_no_activations(tmp_path):
   assert not (tmp_path / 'run').exists()
 
 
+def test_a_bitnet_without_a_word_of_it_is_what_the_user_says(tmp_path):
+  plain = {'quantization_config': None}
+  for name, weights, bits in (('a', 'latents', 8), ('b', 'float', None)):
+    report = imported(
+      tmp_path / name, 'bitnet_master', settings=plain, weights=weights,
+      activation_bits=bits,
+    )  # fmt: skip
+    assert report.weights == weights
+    model = save.read_experiment(tmp_path / name / 'run').model
+    assert (model.family == 'ternary', model.activation_bits) == (
+      weights == 'latents', bits,
+    )  # fmt: skip
+
+
+def test_matrices_that_differ_are_what_the_user_says(tmp_path):
+  def change(found):
+    found['model.layers.0.self_attn.q_proj.weight'] = np.eye(48, dtype='f')
+
+  imported(tmp_path, 'llama', change=change, weights='float')
+  assert save.read_experiment(tmp_path / 'run').model.family == 'float'
+
+
 def put(name, place, value):
   def change(found):
     found[name] = found[name].copy()
@@ -171,7 +193,7 @@ REFUSED = {
   ),
   'nan': (
     'llama', put(GATE, (5, 7), np.nan), {},
-    r'gate_proj.weight: the value at \[5, 7\] is nan',
+    r'hf/model.safetensors: .*gate_proj.weight: the value at \[5, 7\] is nan',
   ),
   'infinite gain': (
     'llama', put('model.norm.weight', 3, np.inf), {},
@@ -192,6 +214,35 @@ REFUSED = {
   'bytes': (
     'llama', replaced(GATE, np.ones((24, 48), 'u1')), {},
     "is U8, without a quantization_config of quant_method 'bitnet'",
+  ),
+  'bytes of latents': (
+    'bitnet', None, {'settings': {'quantization_config': {
+      **checkpoints.BITNET, 'linear_class': 'autobitlinear',
+      'quantization_mode': 'online'}}},
+    r"packed bytes \(U8\), and by .* are latents; set quantization_mode='offl",
+  ),
+  'reciprocals': (
+    'bitlinear', None, {'settings': {'quantization_config': {
+      **checkpoints.BITNET, 'linear_class': 'autobitlinear'}}},
+    "by linear_class='autobitlinear' .* 1[0-9].* by 'bitlinear' they are 0.0",
+  ),
+  'no reciprocals': (
+    'bitnet', None, {'settings': {'quantization_config': checkpoints.BITNET}},
+    "by linear_class='bitlinear' .* by 'autobitlinear' they are 0.0",
+  ),
+  'BitNet that says nothing': (
+    'bitnet_master', None, {'settings': {'quantization_config': None}},
+    'has no quantization_config .* give weights .--weights latents',
+  ),
+  'floats among ternary': (
+    'trilm', replaced(GATE, np.random.default_rng(0).normal(size=(96, 48))),
+    {}, r'0.self_attn.q_proj.weight is ternary, and .*hf/model.safetensors: '
+    r'.*1.mlp.gate_proj.weight is not: give weights',
+  ),
+  'ternary among floats': (
+    'llama', replaced('model.layers.0.self_attn.q_proj.weight',
+                      np.eye(48, dtype='f')), {},
+    'q_proj.weight is ternary, and .*0.self_attn.k_proj.weight is not: give',
   ),
   'some bytes': (
     'bitnet', replaced(GATE, np.ones((96, 48), 'f')), {},
@@ -243,6 +294,9 @@ def test_tokenizers_are_compared_with_the_vocabulary(tmp_path):
   file.write_text(json.dumps(there))
   with pytest.raises(ValueError, match='id 384, and config.json says vocab_si'):
     importing.import_run(source, tmp_path / 'run')
+  file.write_text('version https://git-lfs.github.com/spec/v1\noid sha256:0\n')
+  with pytest.raises(ValueError, match=r'tokenizer.json is .* `git lfs pull`'):
+    importing.import_run(source, tmp_path / 'run')
   file.unlink()
   with pytest.raises(FileNotFoundError, match='make it from another kind'):
     importing.import_run(source, tmp_path / 'run')
@@ -261,11 +315,14 @@ def test_an_interrupted_import_leaves_nothing_that_loads(tmp_path, monkeypatch):
       imported(tmp_path, 'trilm')
   assert [path.name for path in tmp_path.iterdir()] == ['hf']
   # What a killed one left is no hindrance; what is there is not touched.
-  (tmp_path / 'run.partial' / 'staged').mkdir(parents=True)
+  (tmp_path / 'run.tritera-partial' / 'staged').mkdir(parents=True)
+  (tmp_path / 'run.partial').mkdir()  # somebody's
   imported(tmp_path, 'trilm')
   with pytest.raises(FileExistsError, match='is there already'):
     imported(tmp_path, 'trilm')
-  assert not (tmp_path / 'run.partial').exists()
+  assert {path.name for path in tmp_path.iterdir()} == {
+    'hf', 'run', 'run.partial',
+  }  # fmt: skip
 
 
 def test_what_was_exported_here_comes_back_as_it_was(tmp_path):

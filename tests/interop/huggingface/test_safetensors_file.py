@@ -129,6 +129,30 @@ def test_an_index_that_lies_is_refused(placed, words, tmp_path):
     TensorFiles(tmp_path)
 
 
+def test_a_file_beside_an_index_is_refused(tmp_path):
+  write(tmp_path / 'model.safetensors', {'a': entry()})
+  write(tmp_path / 'x.safetensors', {'a': entry()})
+  index(tmp_path, {'a': 'x.safetensors'})
+  words = 'has model.safetensors and model.safetensors.index.json'
+  with pytest.raises(ValueError, match=words):
+    TensorFiles(tmp_path)
+
+
+def test_a_pointer_of_git_lfs_is_refused(tmp_path):
+  file = tmp_path / 'model.safetensors'
+  file.write_text('version https://git-lfs.github.com/spec/v1\noid sha256:0\n')
+  with pytest.raises(ValueError, match=r'model.safetensors is .*git lfs pull'):
+    TensorFiles(tmp_path)
+
+
+def test_rows_are_read_alone(tmp_path):
+  values = np.arange(12, dtype=ml_dtypes.bfloat16).reshape(4, 3)
+  header = {'a': entry('BF16', (4, 3), 0, 24)}
+  write(tmp_path / 'model.safetensors', header, values.tobytes())
+  with TensorFiles(tmp_path) as files:
+    np.testing.assert_array_equal(files.rows('a', [0, 3]), values[[0, 3]])
+
+
 def test_what_is_missing_is_named(tmp_path):
   with pytest.raises(FileNotFoundError, match='neither model.safetensors nor'):
     TensorFiles(tmp_path)

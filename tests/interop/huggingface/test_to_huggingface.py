@@ -8,6 +8,7 @@ import dataclasses
 import json
 import re
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -18,7 +19,9 @@ from tests.interop import runs
 from tests.interop.huggingface.test_golden import checkpoint
 from tritera_jax.checkpoint import pack, restore
 from tritera_jax.cli import main
+from tritera_jax.interop import verify
 from tritera_jax.interop.huggingface import importing, to_huggingface
+from tritera_jax.ternary import latents
 
 # config.json fields that transformers writes and that mean something.
 _MEANT = [
@@ -106,6 +109,33 @@ def test_orbax_and_back(dtype, tiny_run, tmp_path):
     np.testing.assert_array_equal(codes, codes2, name)
     np.testing.assert_allclose(scale, scale2, rtol=steps)
   assert ('rounded' in str(report)) == (dtype != 'float32')
+
+
+@pytest.mark.parametrize('dtype', ['float16', 'bfloat16'])
+def test_a_scale_without_latents_comes_back_as_the_nearest(
+  dtype, tiny_data, tmp_path
+):
+  """Without a floor a float16 has none, for some shapes."""
+  model = runs.shape(d_model=160, d_ff=256, heads=4, kv_heads=4, head_dim=40)
+  params = runs.random_params(model)
+  spread = np.random.default_rng(1)
+  params = jax.tree.map(
+    lambda x: (
+      x * spread.uniform(0.3, 3, (x.shape[0], 1, 1)) if x.ndim == 3 else x
+    ),
+    params,
+  )
+  run = runs.make(tmp_path / 'run', tiny_data, model, params)
+  exported = to_huggingface.export(run, tmp_path / 'out', dtype=dtype)
+  report = importing.import_run(tmp_path / 'out', tmp_path / 'again')
+  assert report.rounded
+  assert 0 < report.ulps <= latents.MOST_ULPS
+  experiment, params = restore.restore_params(tmp_path / 'again')
+  assert not experiment.model.scale_floor
+  made = pack.latent_fingerprint(experiment.model, params)
+  assert made == report.fingerprint != exported.written
+  same = verify.verify(tmp_path / 'out', tmp_path / 'again')
+  assert (same.scales, same.fingerprint) == (dtype, exported.written)
 
 
 def test_card_says_what_the_run_says(tiny_run, tmp_path):

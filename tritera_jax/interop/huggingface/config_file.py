@@ -58,6 +58,7 @@ class Description:
     weight_scale: what a matrix's tensor of this name does to its outputs;
       None: there are no such tensors.
     tied: the head is the embedding.
+    ours: the file is one of ours, and says what the model is.
     fingerprint: of codes and scales, if the file is one of ours.
   """
 
@@ -66,6 +67,7 @@ class Description:
   weights: Literal['ternary', 'latents'] | None
   weight_scale: ScaleMeaning | None
   tied: bool
+  ours: bool
   fingerprint: str | None
 
 
@@ -92,7 +94,7 @@ class _Fields:
   def __init__(
     self, found: Mapping[str, Any], where: str, defaults: Mapping[str, Any]
   ):
-    self.found = {**defaults, **found}
+    self.given, self.found = found, {**defaults, **found}
     self.where = where
 
   def refuse(self, name: str, words: str) -> NoReturn:
@@ -176,6 +178,7 @@ def describe(found: Mapping[str, Any], where: str) -> Description:
     weights,
     weight_scale,
     tied=fields.boolean('tie_word_embeddings'),
+    ours=False,
     fingerprint=None,
   )
   ours = found.get('tritera')
@@ -240,7 +243,13 @@ def _rope_theta(fields: _Fields) -> float:
     if not stated:
       continue
     rest = dict(stated) if isinstance(stated, dict) else {'': stated}
-    theta = rest.pop('rope_theta', theta)
+    inner = rest.pop('rope_theta', None)
+    outer = fields.given.get('rope_theta')
+    if None not in (inner, outer) and inner != outer:
+      fields.refuse(
+        name, f'and rope_theta={outer!r} beside it differ; delete the wrong one'
+      )
+    theta = theta if inner is None else inner
     if any(value != _PLAIN_ROPE.get(key) for key, value in rest.items()):
       fields.refuse(
         name,
@@ -314,6 +323,11 @@ class _Exported:
 
 def _as_exported(described: Description, ours: Any, where: str) -> Description:
   """The model of our own object, where the fields beside it say the same."""
+  if not isinstance(ours, dict):
+    raise ValueError(
+      f'{where}: tritera={ours!r} must be an object; delete it if the rest is '
+      'right'
+    )
   try:
     text = json.dumps(ours)
   except (ValueError, RecursionError) as error:
@@ -338,5 +352,5 @@ def _as_exported(described: Description, ours: Any, where: str) -> Description:
       f'({"; ".join(differing)}); delete the object if the rest is right'
     )
   return dataclasses.replace(
-    described, model=model, fingerprint=stated.fingerprint
+    described, model=model, ours=True, fingerprint=stated.fingerprint
   )

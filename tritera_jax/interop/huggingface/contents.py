@@ -10,7 +10,11 @@ import numpy as np
 
 from tritera_jax.checkpoint import pack
 from tritera_jax.data import tokenizer as tokenizer_lib
-from tritera_jax.interop.huggingface import matrices, names
+from tritera_jax.interop.huggingface import (
+  matrices,
+  names,
+  safetensors_file,
+)
 from tritera_jax.interop.huggingface.config_file import Description
 from tritera_jax.interop.huggingface.safetensors_file import TensorFiles
 from tritera_jax.model.config import ModelConfig
@@ -20,7 +24,11 @@ Weights = Literal['ternary', 'latents', 'float']
 Dtype = Literal['float32', 'bfloat16']
 
 _FEW = 32  # magnitudes
-_FLOATS = ('F64', 'F32', 'F16', 'BF16')
+_ROWS = 8  # of a matrix, to see what it is
+# Of trained matrices mean|W| is 0.01 to 5, and its reciprocal is what stands in
+# files of 'bitlinear': tens.
+_LARGEST = 8.0
+FLOATS = ('F64', 'F32', 'F16', 'BF16')
 
 
 def check_tensors(files: TensorFiles, described: Description, folder: Path):
@@ -36,6 +44,19 @@ def check_tensors(files: TensorFiles, described: Description, folder: Path):
       f'{folder}: num_hidden_layers={model.layers}, and there are '
       f'{len(files.tensors)} tensors'
     )
+  if (
+    described.weights == 'latents'
+    and described.architecture != names.OLD_BITNET
+    and any(
+      tensor.linear and files.tensors[tensor.theirs].dtype == 'U8'
+      for tensor in names.tensors(model, described.architecture).values()
+      if tensor.theirs in files.tensors
+    )
+  ):
+    raise ValueError(
+      f'{folder}: matrices are of packed bytes (U8), and by config.json they '
+      "are latents; set quantization_mode='offline' in its quantization_config"
+    )
   problems, wanted = [], set()
   for tensor in names.tensors(model, described.architecture).values():
     if tensor.name == 'head' and described.tied:
@@ -45,7 +66,7 @@ def check_tensors(files: TensorFiles, described: Description, folder: Path):
     if stored is None:
       problems.append(f'{tensor.theirs} is missing')
       continue
-    shape, floats = tensor.shape, stored.dtype in _FLOATS
+    shape, floats = tensor.shape, stored.dtype in FLOATS
     if tensor.linear and described.weight_scale and stored.dtype == 'U8':
       # Four outputs a byte.
       shape = (shape[0] // 4 if shape[0] % 4 == 0 else -1, *shape[1:])
@@ -98,6 +119,7 @@ def check_tokenizer(file: Path, model: ModelConfig):
       'transformers: AutoTokenizer.from_pretrained(FOLDER).save_pretrained('
       'FOLDER)'
     )
+  safetensors_file.check_fetched(file)
   ids = tokenizer_lib.load_tokenizer(file).get_vocab()
   name = max(ids, key=ids.__getitem__, default='')
   if ids.get(name, model.vocab_size) >= model.vocab_size:
@@ -127,26 +149,24 @@ def decide(
   kinds = {files.tensors[x.theirs].dtype == 'U8' for x in linears}
   if len(kinds) > 1:
     raise ValueError(
-      'some matrices are of packed bytes (U8) and some of values; all of a '
-      'model are quantised, or none'
+      f'{files.path}: some matrices are of packed bytes (U8) and some of '
+      'values; all of a model are quantised, or none'
     )
   if kinds == {True}:
-    if found == 'latents':
-      raise ValueError(
-        'matrices are of packed bytes (U8), and config.json says quantization_'
-        "mode='online', for latents; set 'offline'"
-      )
+    _check_factors(files, described, linears)
     found = 'ternary'
   elif found == 'ternary':
     raise ValueError(
-      'matrices are of values, and config.json says linear_class='
-      "'bitlinear', for packed bytes (U8); set 'autobitlinear' if values times "
-      'weight_scale are meant'
+      f'{files.path}: matrices are of values, and config.json says linear_'
+      "class='bitlinear', for packed bytes (U8); set 'autobitlinear' if values "
+      'times weight_scale are meant'
     )
   elif found is None and described.model.family == 'ternary':
     found = 'ternary'  # so it says of itself: what is not is refused
+  elif found is None and wanted == 'float' and not described.weight_scale:
+    found = 'float'  # whatever they look like
   elif found is None:
-    found = _looks(files, described, linears)
+    found = _looks(files, described, linears, wanted)
   if wanted is None or wanted == found:
     return found
   # Any floats can be latents; where they are not ternary is said when they are
@@ -163,26 +183,102 @@ def decide(
   )
 
 
-def _looks(
+def _check_factors(
   files: TensorFiles, described: Description, linears: list[names.Tensor]
+):
+  """Refuses scales that are the reciprocals of what config.json says.
+
+  Raises:
+    ValueError: they are, or one is not above 0 and finite.
+  """
+  middle = float(np.median([factor(files, described, x) for x in linears]))
+  if middle > _LARGEST:
+    there, other = 'bitlinear', 'autobitlinear'
+    if described.weight_scale == 'factor':
+      there, other = other, there
+    raise ValueError(
+      f'{files.path}: by linear_class={there!r} of quantization_config the '
+      f'scales of its matrices are {middle:.3g} in the middle, and no trained '
+      f'model has such; by {other!r} they are {1 / middle:.3g}: set that'
+    )
+
+
+def _looks(
+  files: TensorFiles,
+  described: Description,
+  linears: list[names.Tensor],
+  wanted: Weights | None,
 ) -> Weights:
-  """By the first matrix that is not all zeros."""
+  """By a few rows of every matrix that is not all zeros.
+
+  Raises:
+    ValueError: nobody says what matrices are, and they do not look alike, or
+      like what the architecture is made of.
+  """
+  kinds = {}
   for tensor in linears:
-    values_NK = files.read(tensor.theirs)
-    if not np.any(values_NK):
-      continue
-    try:
-      matrices.ternary_of(
-        values_NK, *blocks(described.model, tensor), tensor.theirs
-      )
-    except matrices.NotTernaryError:
+    kind = _look(files, described, tensor)
+    if kind is not None:
+      kinds.setdefault(kind, tensor.theirs)
+  found: Weights = 'ternary' if kinds.keys() == {'ternary'} else 'float'
+  if wanted is not None:
+    return found
+  if len(kinds) > 1:
+    raise ValueError(
+      f'{files.where(kinds["ternary"])} is ternary, and '
+      f'{files.where(kinds["float"])} is not: give weights (--weights float, '
+      'or latents), or mend the matrices'
+    )
+  if (
+    found == 'float'
+    and described.architecture == 'BitNetForCausalLM'
+    and described.weight_scale is None
+    and not described.ours
+  ):
+    raise ValueError(
+      f'{files.path}: matrices are not ternary, and config.json of '
+      f'{described.architecture} has no quantization_config that would say '
+      'that they are latents; give weights (--weights latents '
+      '--activation-bits 8, or --weights float)'
+    )
+  return found
+
+
+def _look(
+  files: TensorFiles, described: Description, tensor: names.Tensor
+) -> Literal['ternary', 'float'] | None:
+  """What a matrix looks like; None: all zeros."""
+  scales, axis = blocks(described.model, tensor)
+  where = files.where(tensor.theirs)
+  parts = scales if axis == 'out' else 1  # as many rows of each
+  length = tensor.shape[0] // parts
+  step = -(-length * parts // _ROWS)
+  some_NK = files.rows(
+    tensor.theirs,
+    (p * length + n for p in range(parts) for n in range(0, length, step)),
+  )
+  if not np.any(some_NK):
+    some_NK = files.read(tensor.theirs)
+  if not np.any(some_NK):
+    return None
+  try:
+    matrices.ternary_of(some_NK, scales, axis, where)
+  except matrices.NotTernaryError:
+    if _few(some_NK):
       # Trained floats have thousands; these are ternary ones that are damaged,
       # or in other blocks than config.json says.
-      if len(np.unique(np.abs(values_NK))) <= _FEW < values_NK.size / 4:
-        raise
-      return 'float'
-    return 'ternary'
-  return 'float'
+      all_NK = files.read(tensor.theirs)
+      if _few(all_NK):
+        matrices.ternary_of(all_NK, scales, axis, where)
+    return 'float'
+  except ValueError:  # not finite: the place is in the whole
+    matrices.check_finite(files.read(tensor.theirs), where)
+    raise
+  return 'ternary'
+
+
+def _few(values: np.ndarray) -> bool:
+  return len(np.unique(np.abs(values))) <= _FEW < values.size / 4
 
 
 def blocks(model: ModelConfig, tensor: names.Tensor) -> tuple[int, ScaleAxis]:
@@ -249,15 +345,13 @@ def ternary(
     ValueError: it is of others: its place is named; or a scale is none.
   """
   scales, axis = blocks(model, tensor)
-  stored_NK = files.read(tensor.theirs)
+  stored_NK, where = files.read(tensor.theirs), files.where(tensor.theirs)
   if stored_NK.dtype == np.uint8:
-    codes_NK = matrices.unpack(stored_NK, tensor.theirs)
+    codes_NK = matrices.unpack(stored_NK, where)
     scale_S = np.ones(scales, np.float32)
   else:
-    codes_NK, scale_S = matrices.ternary_of(
-      stored_NK, scales, axis, tensor.theirs
-    )
-  scale_S = scale_S * _factor(files, described, tensor)
+    codes_NK, scale_S = matrices.ternary_of(stored_NK, scales, axis, where)
+  scale_S = scale_S * factor(files, described, tensor)
   return codes_NK, pack.seen_scales(codes_NK, scale_S, axis)
 
 
@@ -270,25 +364,29 @@ def values(
     ValueError: one is NaN or infinite, or a scale is none.
   """
   stored_NK = files.read(tensor.theirs)
-  matrices.check_finite(stored_NK, tensor.theirs)
-  factor = _factor(files, described, tensor)
-  return stored_NK.astype(np.float32) * factor
+  matrices.check_finite(stored_NK, files.where(tensor.theirs))
+  return stored_NK.astype(np.float32) * factor(files, described, tensor)
 
 
-def _factor(
+def factor(
   files: TensorFiles, described: Description, tensor: names.Tensor
 ) -> np.float32:
-  """What the tensor's values are to be multiplied by."""
+  """What the tensor's values are to be multiplied by.
+
+  Raises:
+    ValueError: it is not above 0 and finite.
+  """
   if described.weight_scale is None:
     return np.float32(1)
   name = f'{tensor.module}.weight_scale'
   scale = np.float32(files.read(name).reshape(())[()])
   with np.errstate(divide='ignore', over='ignore'):
-    factor = scale
+    found = scale
     if described.weight_scale == 'divisor':
-      factor = np.float32(1) / scale
-  if not 0 < factor < np.inf or not 0 < scale < np.inf:
+      found = np.float32(1) / scale
+  if not 0 < found < np.inf or not 0 < scale < np.inf:
     raise ValueError(
-      f'{name} is {scale}; it must be above 0 and finite, and so its reciprocal'
+      f'{files.where(name)} is {scale}; it must be above 0 and finite, and so '
+      'its reciprocal'
     )
-  return factor
+  return found

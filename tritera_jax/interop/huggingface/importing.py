@@ -40,15 +40,18 @@ from tritera_jax.ternary.schedule import CosineSchedule
 from tritera_kernels import fingerprint
 
 RECORD = 'imported.json'
-# A float32 scale may have no latents of its own (`latents.latents_of`).
-_ULPS = 4
 
 
 class Report(NamedTuple):
   """What `import_run` wrote.
 
-  `rounded` counts matrices whose scale is that of the source only but for
-  units in a float32's last place.
+  Attributes:
+    folder: the run's.
+    architecture: the source's.
+    weights: what its matrices were read as.
+    fingerprint: of the run's codes and scales; None: a FloatLM has none.
+    rounded: matrices whose scale no latents have to the bit.
+    ulps: the most that one is off, in units of a float32's last place.
   """
 
   folder: Path
@@ -56,6 +59,7 @@ class Report(NamedTuple):
   weights: Weights
   fingerprint: str | None
   rounded: int
+  ulps: int
 
 
 def import_run(
@@ -74,7 +78,7 @@ def import_run(
     out: folder to make.
     weights: what the blocks' matrices hold: 'ternary' values or codes,
       'latents' of a ternary model, or a FloatLM's ('float'). Default: as
-      config.json says, or else as the first matrix is; demanding one that the
+      config.json says, or else as all matrices look; demanding one that the
       file contradicts is refused. Latents can be any floats.
     dtype: compute dtype of the run's model; default: float32, or what it was
       before it was exported from here.
@@ -103,9 +107,14 @@ def import_run(
       (partial / 'staged').mkdir()
       work = _Work(found, partial / 'staged')
       proof = work.fill(progress(found.tensors))
-      found.check_fingerprint(proof)
+      found.check_fingerprint(found.fingerprint() if work.rounded else proof)
       report = Report(
-        out, found.described.architecture, found.weights, proof, work.rounded
+        out,
+        found.described.architecture,
+        found.weights,
+        proof,
+        work.rounded,
+        work.ulps,
       )
       _write(partial, found, work.params, report, str(source))
   return report
@@ -128,13 +137,13 @@ class _Work:
 
   Attributes:
     params: as of `decoder.Params`.
-    rounded: as of `Report`.
+    rounded, ulps: as of `Report`.
   """
 
   def __init__(self, found: source_lib.Source, folder: Path):
     self.found = found
     self.params = staged.empty(decoder.abstract_params(found.model), folder)
-    self.rounded = 0
+    self.rounded = self.ulps = 0
 
   def fill(self, tensors) -> str | None:
     """Fills all; the fingerprint of codes and scales."""
@@ -168,10 +177,10 @@ class _Work:
       _, codes_NK, wanted_S, _ = self.found.matrix(tensor)
       try:
         latents_KN = latents_lib.latents_of(
-          codes_NK.T, wanted_S, axis, floor=floor, ulps=_ULPS
+          codes_NK.T, wanted_S, axis, floor=floor, ulps=latents_lib.MOST_ULPS
         )
       except ValueError as error:
-        raise ValueError(f'{tensor.theirs}: {error}') from None
+        raise ValueError(f'{self.found.where(tensor)}: {error}') from None
     else:
       latents_KN = self.found.values(tensor).T
     self._target(tensor)[...] = latents_KN
@@ -180,7 +189,9 @@ class _Work:
     codes_KN, scale_S = latents_lib.ternarized(latents_KN, blocks, axis, floor)
     codes_NK, scale_S = np.asarray(codes_KN).T, np.asarray(scale_S)
     if wanted_S is not None:
-      self.rounded += not np.array_equal(scale_S, wanted_S)
+      ulps = int(latents_lib.ulps_apart(scale_S, wanted_S).max())
+      self.rounded += ulps > 0
+      self.ulps = max(self.ulps, ulps)
     yield tensor.name, codes_NK, scale_S, axis
 
 
@@ -212,6 +223,7 @@ def _write(
     'weights': report.weights,
     'fingerprint': report.fingerprint,
     'rounded': report.rounded,
+    'ulps': report.ulps,
     'config': json.loads((found.folder / 'config.json').read_bytes()),
   }
   (partial / RECORD).write_text(json.dumps(record, indent=2) + '\n')

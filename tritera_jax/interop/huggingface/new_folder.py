@@ -6,6 +6,8 @@ import contextlib
 from pathlib import Path
 import shutil
 
+_SUFFIX = '.tritera-partial'
+
 
 def check(out: Path):
   """Refuses a folder that is there.
@@ -17,17 +19,30 @@ def check(out: Path):
     raise FileExistsError(f'{out} is there already; name a folder to be made')
 
 
+def check_whole(folder: Path):
+  """Refuses what an interrupted `whole` has left.
+
+  Raises:
+    ValueError: the folder is called so.
+  """
+  if folder.name.endswith(_SUFFIX):
+    raise ValueError(
+      f'{folder} was left by a command that was interrupted, and may lack '
+      'parts; delete it, and run the command again'
+    )
+
+
 @contextlib.contextmanager
 def whole(out: Path) -> Iterator[Path]:
-  """OUT.partial, which becomes `out` at the end of the block, or is no more.
+  """OUT.tritera-partial, which becomes `out` at the end, or is no more.
 
-  What an interrupted one left there is deleted first.
+  A folder of that name, left by an interrupted one, is deleted first.
 
   Raises:
     FileExistsError: `out` is there.
   """
   check(out)
-  partial = out.with_name(f'{out.name}.partial')
+  partial = out.with_name(f'{out.name}{_SUFFIX}')
   shutil.rmtree(partial, ignore_errors=True)
   partial.mkdir(parents=True)
   try:

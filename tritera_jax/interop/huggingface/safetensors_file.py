@@ -6,7 +6,7 @@ two tensors of one name, and knows nothing of the index of several files
 (`model.safetensors.index.json`): those checks are here.
 """
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 import contextlib
 from pathlib import Path
 from typing import Any, NamedTuple, NoReturn
@@ -29,6 +29,7 @@ DTYPES = {
   'I8': np.int8,
 }
 _MOST_AXES = 8
+_POINTER = b'version https://git-lfs'
 
 
 class Stored(NamedTuple):
@@ -71,6 +72,11 @@ class TensorFiles:
   def _open_all(self, path: Path, stack: contextlib.ExitStack):
     if not path.is_dir():
       self._open(path, stack)
+    elif (path / SINGLE).is_file() and (path / INDEX).is_file():
+      raise ValueError(
+        f'{path} has {SINGLE} and {INDEX}, which names other files; delete '
+        'the one that is not of this checkpoint'
+      )
     elif (path / SINGLE).is_file():
       self._open(path / SINGLE, stack)
     elif (path / INDEX).is_file():
@@ -121,6 +127,19 @@ class TensorFiles:
   def __exit__(self, *_):
     self._stack.close()
 
+  def where(self, name: str) -> str:
+    """A tensor's file and name, for errors."""
+    return f'{self.tensors[name].file}: {name}'
+
+  def rows(self, name: str, numbers: Iterable[int]) -> np.ndarray:
+    """Some rows of a matrix; as `read`."""
+    stored = self.tensors[name]
+    try:
+      found = self._opened[stored.file].get_slice(name)
+      return np.concatenate([found[n : n + 1] for n in numbers])
+    except safetensors.SafetensorError as error:
+      raise ValueError(f'{stored.file}: tensor {name!r}: {error}') from None
+
   def read(self, name: str) -> np.ndarray:
     """A tensor, copied out of its file; BF16 as ml_dtypes' bfloat16.
 
@@ -135,8 +154,23 @@ class TensorFiles:
       raise ValueError(f'{stored.file}: tensor {name!r}: {error}') from None
 
 
+def check_fetched(file: Path):
+  """Refuses what Git LFS has in place of a file.
+
+  Raises:
+    ValueError: it is that.
+  """
+  with file.open('rb') as opened:
+    if opened.read(len(_POINTER)) == _POINTER:
+      raise ValueError(
+        f'{file} is a pointer of Git LFS, and not the file; run `git lfs pull` '
+        'in its repository'
+      )
+
+
 def _read_header(file: Path) -> dict[str, Stored]:
   """The tensors of a header, as far as the library does not check it."""
+  check_fetched(file)
   with file.open('rb') as opened:
     start = opened.read(8)
     length = int.from_bytes(start, 'little')

@@ -20,6 +20,7 @@ from tritera_jax.interop.huggingface.config_file import Description
 from tritera_jax.interop.huggingface.contents import Dtype, Weights
 from tritera_jax.interop.huggingface.safetensors_file import TensorFiles
 from tritera_jax.ternary import latents
+from tritera_kernels import fingerprint
 
 
 class Source:
@@ -58,15 +59,20 @@ class Source:
     return [tensor for tensor in self.tensors if tensor.linear is not None]
 
   @property
-  def scale_dtype(self) -> str:
-    """What the scales are stored in, as safetensors calls it."""
-    if self.weights == 'latents':
+  def scale_dtypes(self) -> set[str]:
+    """What the matrices' scales are known in, as safetensors calls it."""
+    return {self._scale_dtype(tensor) for tensor in self.linears}
+
+  def _scale_dtype(self, tensor: names.Tensor) -> str:
+    stored = self._files.tensors[tensor.theirs].dtype
+    if self.weights == 'latents' or self.described.weight_scale == 'divisor':
       return 'F32'  # they are computed
-    # They are values of their own beside codes, or are in every value.
-    holder = self.linears[0].theirs
-    if self.described.weight_scale is not None:
-      holder = f'{self.linears[0].module}.weight_scale'
-    return self._files.tensors[holder].dtype
+    if self.described.weight_scale is None:
+      return stored  # each is in every value
+    if stored in contents.FLOATS:
+      factor = contents.factor(self._files, self.described, tensor)
+      return stored if factor == 1 else 'F32'  # a product
+    return self._files.tensors[f'{tensor.module}.weight_scale'].dtype
 
   def matrix(self, tensor: names.Tensor) -> Matrix:
     """Codes and scales of one of `linears`, of a model that is ternary.
@@ -102,9 +108,10 @@ class Source:
       ValueError: a value is NaN or infinite, or head and embedding differ that
         are said to be one.
     """
-    values = self._files.read(
-      'model.embed_tokens.weight' if self._tied(tensor) else tensor.theirs
-    )
+    stored = tensor.theirs
+    if self._tied(tensor):
+      stored = 'model.embed_tokens.weight'
+    values = self._files.read(stored)
     if (
       self._tied(tensor)
       and tensor.theirs in self._files.tensors
@@ -115,7 +122,7 @@ class Source:
         f'{tensor.theirs} is not model.embed_tokens.weight; set false, or '
         'delete the tensor'
       )
-    matrices.check_finite(values, tensor.theirs)
+    matrices.check_finite(values, self._files.where(stored))
     return values
 
   def _tied(self, tensor: names.Tensor) -> bool:
@@ -129,15 +136,23 @@ class Source:
     """See `contents.check_tokenizer`."""
     contents.check_tokenizer(self.tokenizer, self.described.model)
 
-  def check_fingerprint(self, made: str | None):
+  def fingerprint(self) -> str:
+    """Of the codes and scales that are stored; reads them all."""
+    return fingerprint.trit_fingerprint(map(self.matrix, self.linears))
+
+  def where(self, tensor: names.Tensor) -> str:
+    """File and name, for errors."""
+    return self._files.where(tensor.theirs)
+
+  def check_fingerprint(self, stored: str | None):
     """Compares with what a file of ours says.
 
     Raises:
       ValueError: it says something else.
     """
-    if made and self.described.fingerprint not in (None, made):
+    if stored and self.described.fingerprint not in (None, stored):
       raise ValueError(
-        f'{self.folder}: its codes and scales have {made}, config.json says '
+        f'{self.folder}: its codes and scales have {stored}, config.json says '
         f'{self.described.fingerprint}; if the weights were changed since they '
         'were exported, delete the object "tritera" from config.json'
       )
