@@ -28,7 +28,8 @@ def import_run(args: list[str]):
         hf://owner/name or hf://owner/name@revision.
       out: folder to make: a run to score, pack, export or start from.
       weights: what matrices hold: ternary, latents (which take any floats, to
-        train on as a ternary model) or float; default: as the files say.
+        train on as a ternary model) or float; default: as the files say,
+        or as all matrices look.
       dtype: compute dtype of the run; default: float32.
       activation_bits: 8: matrices take int8 activations, for latents whose
         config.json does not say so.
@@ -47,8 +48,9 @@ def import_run(args: list[str]):
     )
     if report.rounded:
       print(
-        f'{report.rounded} matrices have another scale than the source, by '
-        'at most 4 units in the last place of a float32'
+        f'{report.rounded} matrices have scales that no latents have; the run '
+        f'has the nearest, {report.ulps} in the last place of a float32 off at '
+        'most. `tritera pack` of the checkpoint itself keeps every scale'
       )
 
   tyro.cli(run, args=args, prog='tritera import')

@@ -136,6 +136,9 @@ def test_a_file_beside_an_index_is_refused(tmp_path):
   words = 'has model.safetensors and model.safetensors.index.json'
   with pytest.raises(ValueError, match=words):
     TensorFiles(tmp_path)
+  index(tmp_path, {'a': 'model.safetensors'})  # some write it so
+  with TensorFiles(tmp_path) as files:
+    assert set(files.tensors) == {'a'}
 
 
 def test_a_pointer_of_git_lfs_is_refused(tmp_path):

@@ -72,12 +72,13 @@ class TensorFiles:
   def _open_all(self, path: Path, stack: contextlib.ExitStack):
     if not path.is_dir():
       self._open(path, stack)
-    elif (path / SINGLE).is_file() and (path / INDEX).is_file():
-      raise ValueError(
-        f'{path} has {SINGLE} and {INDEX}, which names other files; delete '
-        'the one that is not of this checkpoint'
-      )
     elif (path / SINGLE).is_file():
+      index = path / INDEX
+      if index.is_file() and {*read_index(index).values()} != {SINGLE}:
+        raise ValueError(
+          f'{path} has {SINGLE} and {INDEX}, which names other files; delete '
+          'the one that is not of this checkpoint'
+        )
       self._open(path / SINGLE, stack)
     elif (path / INDEX).is_file():
       placed = read_index(path / INDEX)
