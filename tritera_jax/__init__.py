@@ -15,6 +15,7 @@ if TYPE_CHECKING:
   from tritera_jax.checkpoint.pack import latent_fingerprint
   from tritera_jax.checkpoint.pack import pack as pack_run
   from tritera_jax.checkpoint.restore import restore_params
+  from tritera_jax.checkpoint.save import read_model as model_of
   from tritera_jax.data.prepare import prepare as prepare_dataset
   from tritera_jax.data.shards import open_split
   from tritera_jax.eval.baselines import all_baselines
@@ -69,6 +70,7 @@ _PLACES = {
   'linear_parameters': 'tritera_jax.model.flops',
   'load_experiment': 'tritera_jax.experiment_file:load',
   'load_model': 'tritera_jax.generate.load:load',
+  'model_of': 'tritera_jax.checkpoint.save:read_model',
   'open_split': 'tritera_jax.data.shards',
   'pack_codes': 'tritera_kernels.packed:pack',
   'pack_run': 'tritera_jax.checkpoint.pack:pack',
@@ -106,6 +108,7 @@ __all__ = [
   'linear_parameters',
   'load_experiment',
   'load_model',
+  'model_of',
   'open_split',
   'pack_codes',
   'pack_run',

@@ -275,7 +275,11 @@ def open_sources(experiment: Experiment) -> Sequence[shards.TokenSource]:
   """Every dataset of the mixture, checked against the model and each other."""
   data, model = experiment.data, experiment.model
   first = shards.read_manifest(data.path)
-  if first.vocab_size != model.vocab_size:
+  # What is started from may have rows that no token of its tokenizer has.
+  spare = bool(experiment.run.start_from)
+  if first.vocab_size != model.vocab_size and not (
+    spare and first.vocab_size < model.vocab_size
+  ):
     raise ValueError(
       f'model.vocab_size={model.vocab_size}, but the tokenizer of {data.path} '
       f'has {first.vocab_size} tokens; set --model.vocab-size '
