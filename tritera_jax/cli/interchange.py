@@ -64,11 +64,12 @@ def export(args: list[str]):
     epilog='--to hf --help and --to gguf --help tell their options',
   )
   chooser.add_argument('--to', choices=kinds, required=True)
-  if '--to' not in args and {'-h', '--help'} & set(args):
+  chosen = any(arg.split('=')[0] == '--to' for arg in args)
+  if not chosen and {'-h', '--help'} & set(args):
     chooser.print_help()
     raise SystemExit(0)
-  chosen, rest = chooser.parse_known_args(args)
-  kinds[chosen.to](rest)
+  kind, rest = chooser.parse_known_args(args)
+  kinds[kind.to](rest)
 
 
 def _export_hf(args: list[str]):

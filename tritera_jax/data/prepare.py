@@ -105,8 +105,7 @@ def prepare(
   Raises:
     FileNotFoundError: there is no such corpus or tokenizer.
     ValueError: a damaged file, no text in a split, or `out` holds another
-      dataset.
-    ModuleNotFoundError: .zst and .parquet files need the extra [data].
+      dataset; or .zst and .parquet files without the extra [data].
   """
   started = time.perf_counter()
   if not 0 <= host < hosts:

@@ -55,6 +55,13 @@ def load(
       f'{path} is a Hugging Face checkpoint: tritera import {path} --out RUN '
       'makes a run of it'
     )
+  if not any(
+    (path / name).is_file() for name in ('experiment.json', 'model.safetensors')
+  ):
+    raise FileNotFoundError(
+      f'no run or packed folder at {path}; tritera import makes a run of a '
+      'Hugging Face checkpoint'
+    )
   tokenizer = tokenizer_lib.load_tokenizer(path / 'tokenizer.json')
   if (path / 'model.safetensors').exists():
     if step is not None:

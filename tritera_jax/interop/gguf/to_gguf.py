@@ -108,13 +108,15 @@ def export(
     licence: of the model, such as 'apache-2.0'.
 
   Raises:
-    ModuleNotFoundError: the package gguf is missing.
     FileNotFoundError: no such run or checkpoint.
-    ValueError: the model, its tokenizer or a matrix cannot be expressed; says
-      what can be done. Nothing is written.
+    FileExistsError: `file` is there.
+    ValueError: the package gguf is missing; or the model, its tokenizer or a
+      matrix cannot be expressed: says what can be done. Nothing is written.
   """
   gguf = _gguf()
   run, file = Path(run), Path(file)
+  if file.exists():
+    raise FileExistsError(f'{file} is there already; name a file to be made')
   experiment, params = restore.restore_params(run, step)
   with restore.committed(run, step) as (_, found):
     step = found
@@ -169,7 +171,7 @@ def _gguf() -> Any:
   try:
     import gguf
   except ModuleNotFoundError:
-    raise ModuleNotFoundError(
+    raise ValueError(
       'GGUF files are written by the package gguf: '
       "pip install 'tritera_jax[gguf]'"
     ) from None
@@ -261,7 +263,10 @@ def _tokenizer(
 
 def _sample(sample: str | Path | None, data: str) -> str | None:
   if sample is not None:
-    return Path(sample).read_text()
+    try:
+      return Path(sample).read_text(encoding='utf-8')
+    except UnicodeDecodeError as error:
+      raise ValueError(f'sample={sample} is not UTF-8: {error}') from None
   try:
     source = shards.open_split(data, 'validation')
     tokenizer = shards.read_tokenizer(data)
