@@ -133,6 +133,8 @@ def prepare(
       recipe['pieces'] = pieces
   else:
     given = tokenizer_lib.load_tokenizer(tokenizer)
+    folder = str(tokenizer).rpartition('/')[0] or '.'
+    end = tokenizer_lib.end_of_text_id(given, folder)
     recipe['tokenizer'] = tokenizer_lib.fingerprint(given)
   if storage.read(out, 'manifest.json') is not None:
     manifest = shards.read_manifest(out)
@@ -142,9 +144,11 @@ def prepare(
 
   if tokenizer is None:
     given = _trained(out, recipe, listing)
+    end = tokenizer_lib.end_of_text_id(given)
   else:
     storage.write(out, 'tokenizer.json', given.to_str(pretty=True).encode())
-  encoder = Encoder(given)
+    tokenizer_lib.record_end(out, given, end)
+  encoder = Encoder(given, end)
   work = [
     Unit(out, number, files, recipe | {'tokenizer': encoder.fingerprint})
     for number, files in enumerate(units.group(listing))

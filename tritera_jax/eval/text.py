@@ -85,7 +85,7 @@ def evaluate(
   """
   loaded = load.load(path, activations=activations)
   sizes = perplexity.window_sizes(loaded.model, sequence_length, stride)
-  encoder = Encoder(loaded.tokenizer)
+  encoder = Encoder(loaded.tokenizer, loaded.end_of_text)
   left_out = []
   parts = (
     part

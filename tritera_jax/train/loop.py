@@ -12,6 +12,7 @@ import tqdm
 
 from tritera_jax.checkpoint import restore, save
 from tritera_jax.data import loader, shards
+from tritera_jax.data import tokenizer as tokenizer_lib
 from tritera_jax.experiment import Experiment
 from tritera_jax.parallel import mesh as mesh_lib
 from tritera_jax.parallel import processes, rules
@@ -70,6 +71,8 @@ def train(experiment: Experiment, *, quiet: bool = False) -> step.TrainState:
         prints = [source.fingerprint for source in sources]
         save.write_experiment(experiment, folder, prints, done)
         tokenizer.save(str(folder / 'tokenizer.json'))
+        end = sources[0].manifest.end_of_text
+        tokenizer_lib.record_end(folder, tokenizer, end)
         recovery.record_named(folder, run.skip, done)
 
       processes.first_alone(open_folder)

@@ -125,7 +125,7 @@ def export(
   tokenizer = tokenizer_lib.load_tokenizer(run / 'tokenizer.json')
   begin = _begin(tokenizer)
   words, rule, remarks = _tokenizer(
-    config, tokenizer, pre, end, sample, experiment.data.path
+    config, tokenizer, run, pre, end, sample, experiment.data.path
   )
   if config.document_separator is not None:
     remarks.append(
@@ -213,6 +213,7 @@ def check_expressible(config: ModelConfig) -> str:
 def _tokenizer(
   config: ModelConfig,
   tokenizer: Any,
+  run: Path,
   pre: tokenizer_keys.Pre | None,
   end: str | None,
   sample: str | Path | None,
@@ -220,7 +221,7 @@ def _tokenizer(
 ) -> tuple[tokenizer_keys.Vocabulary, str, list[str]]:
   """What the file says of tokens, its rule for text, and remarks."""
   if end is None:
-    end_id = tokenizer_lib.end_of_text_id(tokenizer)
+    end_id = tokenizer_lib.end_of_text_id(tokenizer, run)
   else:
     end_id = tokenizer.token_to_id(end)
   if end_id is None:
