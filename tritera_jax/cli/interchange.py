@@ -132,8 +132,8 @@ def _export_gguf(args: list[str]):
       step: which checkpoint; default: the newest.
       pre: llama.cpp's rule for cutting text, where none is the tokenizer's own.
       sample: text on which to try pre; default: held-out text of the run's.
-      end: token that ends a document; default: <|endoftext|>,
-        <|end_of_text|> or </s>.
+      end: token that ends a document; default: as the run says, or else
+        <|endoftext|>, <|end_of_text|> or </s>.
       licence: of the model, such as apache-2.0.
     """
     print(

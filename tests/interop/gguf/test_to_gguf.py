@@ -110,6 +110,22 @@ def test_the_file_computes_what_the_run_does(
   assert fingerprint.trit_fingerprint(matrices) == latent
 
 
+def test_a_head_that_is_the_embedding_is_written_once(tmp_path):
+  config = replaced(LLAMA, family='float')
+  params = gguf_golden.random_params(config)
+  params['head']['kernel'] = params['embed']['embedding'].T
+  run = gguf_golden.make_run(tmp_path / 'run', config, params, 'llama-3')
+  wanted = oracle.decoder(config, params, IDS)
+  for head in ('f16', 'f32'):
+    file = tmp_path / f'{head}.gguf'
+    to_gguf.export(run, file, types='f16', embedding='f16', head=head)
+    there = gguf_file.read(file).tensors
+    # In another type it is another.
+    assert ('output.weight' in there) == (head == 'f32')
+    assert 'token_embd.weight' in there
+    assert relative(ggml.logits(file, IDS.tolist()), wanted) < 1e-3
+
+
 def test_what_a_file_says_of_itself(run, tmp_path):
   file = tmp_path / 'model.gguf'
   to_gguf.export(
