@@ -21,22 +21,27 @@ _IDS = ('bos_token_id', 'eos_token_id', 'pad_token_id')
 
 
 def keep(source: Path, run: Path):
-  """Copies what is there of FILES, and says which token ends a document.
-
-  Args:
-    source: folder of the checkpoint.
-    run: folder with its tokenizer.json.
-  """
+  """Copies what is there of FILES, and does `keep_end`."""
   there = [source / name for name in FILES if (source / name).is_file()]
   for file in there:
     (run / _FOLDER).mkdir(exist_ok=True)
     shutil.copyfile(file, run / _FOLDER / file.name)
-  tokenizer = tokenizer_lib.load_tokenizer(run / 'tokenizer.json')
+  keep_end(source, run)
+
+
+def keep_end(source: Path, folder: Path):
+  """Says which token ends a document, as a checkpoint's config.json does.
+
+  Args:
+    source: folder of the checkpoint.
+    folder: of a run or a packed model, with its tokenizer.json.
+  """
+  tokenizer = tokenizer_lib.load_tokenizer(folder / 'tokenizer.json')
   try:
     end = tokenizer_lib.end_of_text_id(tokenizer, source)
   except ValueError:
     return  # who needs one is told
-  tokenizer_lib.record_end(run, tokenizer, end)
+  tokenizer_lib.record_end(folder, tokenizer, end)
 
 
 def give_back(run: Path, out: Path):
