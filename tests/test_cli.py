@@ -3,6 +3,7 @@ import io
 from pathlib import Path
 
 import pytest
+import tqdm
 
 from tritera_jax import cli
 
@@ -58,6 +59,29 @@ def test_a_refusal_is_one_line_and_exit_code_one(capsys, tmp_path):
   )
 
 
+@pytest.mark.parametrize(
+  'arguments', [('eval', '--text', 'README.md'), ('generate', '--prompt', 'x')]
+)
+@pytest.mark.parametrize('path', ['nowhere', 'hf://an/other', 'model.gguf'])
+def test_what_is_neither_run_nor_packed_is_told_so(
+  capsys, tmp_path, arguments, path
+):
+  if path == 'model.gguf':
+    path = tmp_path / path
+    path.write_bytes(b'GGUF')
+  verb, *rest = arguments
+  code, out, err = run(capsys, verb, path, *rest)
+  assert (code, out) == (1, '')
+  assert err.startswith(f'tritera {verb}: no run or packed folder at ')
+
+
+@pytest.mark.parametrize('to', [('--to', 'hf'), ('--to=hf',)])
+def test_each_kind_of_export_has_help(capsys, to):
+  with pytest.raises(SystemExit):
+    cli.main(['export', *to, '--help'])
+  assert '--dtype' in capsys.readouterr().out
+
+
 def test_eval_pack_generate_and_doctor(
   capsys, monkeypatch, tiny_data, tiny_run
 ):
@@ -110,11 +134,12 @@ def test_prepare_prints_what_it_made(capsys, tmp_path):
   )  # fmt: skip
   code, out, err = run(capsys, *command)
   assert code == 0 and 'train' in out and 'bytes a token' in out
-  kilobytes = sum(
+  size = sum(
     file.stat().st_size for file in Path('tritera_jax/data').rglob('*.*')
     if '__pycache__' not in file.parts
-  ) / 1e3  # fmt: skip
-  assert '100%' in err and f'{kilobytes:.3g}k/{kilobytes:.3g}k' in err
+  )  # fmt: skip
+  shown = tqdm.tqdm.format_sizeof(size)
+  assert '100%' in err and f'{shown}/{shown}' in err
   # There is no bar where there is nothing to do.
   assert run(capsys, *command)[::2] == (0, '')
   with pytest.raises(SystemExit):

@@ -15,9 +15,12 @@ if TYPE_CHECKING:
   from tritera_jax.checkpoint.pack import latent_fingerprint
   from tritera_jax.checkpoint.pack import pack as pack_run
   from tritera_jax.checkpoint.restore import restore_params
+  from tritera_jax.checkpoint.save import read_model as model_of
   from tritera_jax.data.prepare import prepare as prepare_dataset
   from tritera_jax.data.shards import open_split
   from tritera_jax.eval.baselines import all_baselines
+  from tritera_jax.eval.choice import Question
+  from tritera_jax.eval.choice import score as score_choices
   from tritera_jax.eval.perplexity import evaluate
   from tritera_jax.experiment import (
     DataConfig,
@@ -55,6 +58,7 @@ _PLACES = {
   'ModelConfig': 'tritera_jax.model.config',
   'OptimizerConfig': 'tritera_jax.experiment',
   'Quantization': 'tritera_jax.quantlm.run',
+  'Question': 'tritera_jax.eval.choice',
   'RunConfig': 'tritera_jax.experiment',
   'Sampling': 'tritera_jax.generate.sampling',
   'all_baselines': 'tritera_jax.eval.baselines',
@@ -69,6 +73,7 @@ _PLACES = {
   'linear_parameters': 'tritera_jax.model.flops',
   'load_experiment': 'tritera_jax.experiment_file:load',
   'load_model': 'tritera_jax.generate.load:load',
+  'model_of': 'tritera_jax.checkpoint.save:read_model',
   'open_split': 'tritera_jax.data.shards',
   'pack_codes': 'tritera_kernels.packed:pack',
   'pack_run': 'tritera_jax.checkpoint.pack:pack',
@@ -78,6 +83,7 @@ _PLACES = {
   'read_metrics': 'tritera_jax.train.metrics:read',
   'restore_params': 'tritera_jax.checkpoint.restore',
   'restore_run': 'tritera_jax.train.loop',
+  'score_choices': 'tritera_jax.eval.choice:score',
   'straight_through_matmul': 'tritera_jax.ternary.layers',
   'stream': 'tritera_jax.generate.load',
   'ternarize': 'tritera_jax.ternary.quantize',
@@ -92,6 +98,7 @@ __all__ = [
   'ModelConfig',
   'OptimizerConfig',
   'Quantization',
+  'Question',
   'RunConfig',
   'Sampling',
   'all_baselines',
@@ -106,6 +113,7 @@ __all__ = [
   'linear_parameters',
   'load_experiment',
   'load_model',
+  'model_of',
   'open_split',
   'pack_codes',
   'pack_run',
@@ -115,6 +123,7 @@ __all__ = [
   'read_metrics',
   'restore_params',
   'restore_run',
+  'score_choices',
   'straight_through_matmul',
   'stream',
   'ternarize',

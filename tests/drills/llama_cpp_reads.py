@@ -86,7 +86,7 @@ def check_rules(run: Path, tokenizer, folder: Path) -> Iterator[str]:
   import llama_cpp
 
   for pre in get_args(tokenizer_keys.Pre):
-    file = folder / 'rule.gguf'
+    file = folder / f'{pre}.gguf'
     to_gguf.export(run, file, types='q2_0', pre=pre)
     model = llama_cpp.Llama(str(file), vocab_only=True, verbose=False)
     found = model.tokenize(TEXT.encode(), add_bos=False, special=False)

@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 import json
 import math
+import sys
 
 import numpy as np
 import pytest
@@ -10,6 +11,7 @@ from tests.model import oracle
 from tritera_jax import cli
 from tritera_jax.checkpoint import restore
 from tritera_jax.eval import text
+from tritera_jax.eval.perplexity import HeldOutLoss
 
 FIRST = 'def one(self):\n  return 1\n' * 3
 SECOND, THIRD = 'a  b\nc', 'import os, sys # déjà vu\n' * 2
@@ -70,6 +72,29 @@ def test_the_verb(random_run, files, capsys):
   assert capsys.readouterr().out == f'{want}\n'
 
 
+def test_a_text_without_spaces_is_one_improbable_word(
+  random_run, tmp_path, capsys
+):
+  """As Chinese is, and minified JSON: e^710 is past every float."""
+  (tmp_path / 'a.txt').write_text('中文' * 200)
+  args = ['eval', str(random_run), '--text', str(tmp_path / 'a.txt')]
+  assert cli.main(args) == 0
+  assert 'a token, inf a word (1 documents, 1 words)' in capsys.readouterr().out
+  assert HeldOutLoss(nats=1e4, tokens=2, bytes=9).perplexity == math.inf
+
+
+def test_files_of_a_folder_that_are_no_text_are_named(
+  random_run, files, capsys
+):
+  folder = files[0].parent
+  want = str(text.evaluate(random_run, [folder]))
+  (folder / 'latin1.txt').write_bytes('déjà'.encode('latin-1'))
+  (folder / 'nothing.txt').touch()
+  assert cli.main(['eval', str(random_run), '--text', str(folder)]) == 0
+  left_out = f'left out, not UTF-8: {folder}/latin1.txt'
+  assert capsys.readouterr().out == f'{want}\n{left_out}\n'
+
+
 @pytest.mark.parametrize(
   ('arguments', 'words'),
   [
@@ -79,6 +104,17 @@ def test_the_verb(random_run, files, capsys):
     (('--text', 'none.txt'), 'none.txt is neither a file nor a folder'),
     (('--text', 'empty.txt'), 'no text in empty.txt'),
     (('--text', 'a.txt', '--sequence-length', '65'), 'length=65 exceeds'),
+    (('--text', 'a.txt', '--sequence-length', '-4'), '--sequence-length -4: '),
+    (('--text', 'a.txt', '--stride', '0'), '--stride 0: must be at least 1'),
+    (('--data', 'd', '--batch-size', '0'), '--batch-size 0: must be at least'),
+    (('--text', 'a.txt', '--baselines'), '--baselines: only of a dataset'),
+    (('--text', 'a.txt', '--split', 'train'), '--split: only of a dataset'),
+    (('--data', 'd', '--text-field', 'f'), '--text-field: only with --text'),
+    (('--tasks', 't', '--stride', '9'), '--stride: not with --tasks'),
+    (('--tasks', 't', '--split', 's'), '--split: only of a dataset'),
+    (('--tasks', 't', '--baselines'), '--baselines: only of a dataset'),
+    (('--text', 'a.txt', 'latin1.txt'), 'latin1.txt is not UTF-8'),
+    (('--text', 'a.parquet'), "pip install 'tritera_jax[data]'"),
   ],
 )
 def test_what_the_verb_refuses(
@@ -86,5 +122,10 @@ def test_what_the_verb_refuses(
 ):
   monkeypatch.chdir(files[0].parent)
   (files[0].parent / 'empty.txt').write_text(' \n')
+  (files[0].parent / 'latin1.txt').write_bytes('déjà'.encode('latin-1'))
+  (files[0].parent / 'a.parquet').write_bytes(b'PAR1')
+  for loaded in [m for m in sys.modules if m.split('.')[0] == 'pyarrow']:
+    monkeypatch.setitem(sys.modules, loaded, None)
+  monkeypatch.setitem(sys.modules, 'pyarrow', None)
   assert cli.main(['eval', str(random_run), *arguments]) == 1
   assert words in capsys.readouterr().err

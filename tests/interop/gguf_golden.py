@@ -82,6 +82,7 @@ def main():
     with tempfile.TemporaryDirectory() as folder:
       run = make_run(Path(folder) / name, config, random_params(config))
       file = FOLDER / f'{name}.gguf'
+      file.unlink(missing_ok=True)
       print(to_gguf.export(
         run, file, types=types, embedding='q8_0', head='q8_0', name=name
       ))  # fmt: skip

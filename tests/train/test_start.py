@@ -1,13 +1,17 @@
 # SPDX-License-Identifier: Apache-2.0
 import dataclasses
+import json
+from pathlib import Path
 
 import jax
 import numpy as np
 import pytest
 
 from tests import tiny
-from tritera_jax.checkpoint import restore
-from tritera_jax.data import shards
+from tests.interop import checkpoints
+from tritera_jax import cli
+from tritera_jax.checkpoint import restore, save
+from tritera_jax.data import prepare, shards
 from tritera_jax.experiment import OptimizerConfig
 from tritera_jax.ternary.schedule import CosineSchedule
 from tritera_jax.train import loop, start
@@ -70,3 +74,56 @@ def test_what_is_no_start_is_refused(tiny_data, tiny_run, tmp_path):
 def test_a_run_that_goes_on_does_not_ask_for_its_start(tiny_data, tiny_run):
   experiment = starting(tiny_data, tiny_run, 'gone')
   start.check(experiment, shards.read_tokenizer(tiny_data))
+
+
+EXPERIMENT = """
+import dataclasses
+from pathlib import Path
+from tests import tiny
+import tritera_jax as tt
+
+def experiment():
+  run, data, folder = {paths!r}
+  made = tiny.experiment(Path(data), Path(folder), 2, start_from=run)
+  return dataclasses.replace(made, model=tt.model_of(run))
+"""
+
+
+def test_an_import_s_rows_may_be_more_than_the_tokenizer_s_tokens(
+  tmp_path, capsys
+):
+  """As TriLM's: 50304 rows, 50277 tokens."""
+  source = checkpoints.write(
+    tmp_path / 'hf',
+    checkpoints.KINDS['trilm_2'],
+    checkpoints.tensors('trilm_2'),
+  )
+  run, data = str(tmp_path / 'imported'), str(tmp_path / 'data')
+  assert cli.main(['import', str(source), '--out', run]) == 0
+  prepare.prepare(
+    str(Path(json.__file__).parent), data, holdout=0.3,
+    tokenizer=f'{run}/tokenizer.json',
+  )  # fmt: skip
+  tokens = shards.read_manifest(data).vocab_size
+  assert tokens < checkpoints.V
+  paths = (run, data, str(tmp_path / 'next'))
+  file = tmp_path / 'next.py'
+  file.write_text(EXPERIMENT.format(paths=paths))
+  args, count = ['train', str(file)], ['--model.vocab-size', str(tokens)]
+  capsys.readouterr()
+  assert cli.main([*args, *count]) == 1
+  advice = 'set --model.vocab-size 384 --model.vocab-multiple 1'
+  assert advice in capsys.readouterr().err
+  assert cli.main([*args, '--run.start-from', '', *count[:1], '384']) == 1
+  assert f'set {" ".join(count)}' in capsys.readouterr().err
+  assert cli.main(args) == 0
+  _, params = restore.restore_params(tmp_path / 'next')
+  assert len(params['embed']['embedding']) == checkpoints.V
+  # 192 rows for each of two scale blocks.
+  padded = dataclasses.replace(
+    save.read_experiment(run).model, vocab_size=tokens, vocab_multiple=192
+  )
+  experiment = tiny.experiment(data, tmp_path / 'new', 2, start_from=run)
+  start.check(
+    dataclasses.replace(experiment, model=padded), shards.read_tokenizer(data)
+  )

@@ -98,7 +98,7 @@ def test_wandb_that_cannot_be_reached_does_not_stop_training(
 
 def test_wandb_that_is_not_there_is_named(monkeypatch, tmp_path):
   monkeypatch.setitem(sys.modules, 'wandb', None)
-  with pytest.raises(ModuleNotFoundError, match='pip install wandb'):
+  with pytest.raises(ValueError, match='pip install wandb'):
     trackers.WandB(tmp_path, 'tri', {})
 
 

@@ -88,6 +88,14 @@ def _bytes_digest(proof: str, tensors: Mapping[str, np.ndarray]) -> str:
   return digest.hexdigest()
 
 
+def copy_tokenizer(tokenizer: str | Path, folder: Path):
+  """Copies a tokenizer.json, and what is said beside it of its end."""
+  shutil.copy(tokenizer, folder / 'tokenizer.json')
+  end = Path(tokenizer).with_name('end_of_text.json')
+  if end.is_file():
+    shutil.copy(end, folder)
+
+
 def write(model: PackedModel, folder: str | Path, tokenizer: str | Path):
   """Writes a packed folder, and proves what it wrote by reading it back.
 
@@ -116,7 +124,7 @@ def write(model: PackedModel, folder: str | Path, tokenizer: str | Path):
     'fingerprint': model.fingerprint,
     'bytes_digest': _bytes_digest(model.fingerprint, tensors),
   }
-  shutil.copy(tokenizer, folder / 'tokenizer.json')
+  copy_tokenizer(tokenizer, folder)
   partial = folder / 'model.safetensors.partial'
   safetensors.numpy.save_file(tensors, partial, metadata)
   _read_file(partial)

@@ -295,6 +295,16 @@ def read_experiment(folder: str | Path) -> Experiment:
   return experiment_lib.from_json(json.dumps(record), str(file))
 
 
+def read_model(folder: str | Path) -> ModelConfig:
+  """The model of a run folder, for an experiment that starts from it.
+
+  Raises:
+    FileNotFoundError: not a run folder.
+    ValueError: its experiment.json is malformed.
+  """
+  return read_experiment(folder).model
+
+
 def latest_step(folder: str | Path) -> int | None:
   """The newest committed step of a run folder; None if there is none.
 

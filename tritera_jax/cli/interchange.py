@@ -66,11 +66,12 @@ def export(args: list[str]):
     epilog='--to hf --help and --to gguf --help tell their options',
   )
   chooser.add_argument('--to', choices=kinds, required=True)
-  if '--to' not in args and {'-h', '--help'} & set(args):
+  chosen = any(arg.split('=')[0] == '--to' for arg in args)
+  if not chosen and {'-h', '--help'} & set(args):
     chooser.print_help()
     raise SystemExit(0)
-  chosen, rest = chooser.parse_known_args(args)
-  kinds[chosen.to](rest)
+  kind, rest = chooser.parse_known_args(args)
+  kinds[kind.to](rest)
 
 
 def _export_hf(args: list[str]):
@@ -133,8 +134,8 @@ def _export_gguf(args: list[str]):
       step: which checkpoint; default: the newest.
       pre: llama.cpp's rule for cutting text, where none is the tokenizer's own.
       sample: text on which to try pre; default: held-out text of the run's.
-      end: token that ends a document; default: <|endoftext|>,
-        <|end_of_text|> or </s>.
+      end: token that ends a document; default: as the run says, or else
+        <|endoftext|>, <|end_of_text|> or </s>.
       licence: of the model, such as apache-2.0.
     """
     print(

@@ -23,9 +23,9 @@ def evaluate(args: list[str]):
   def evaluate(
     path: Positional[Path],
     data: str | None = None,
-    split: str = 'validation',
+    split: str | None = None,
     text: tuple[str, ...] = (),
-    text_field: str = 'text',
+    text_field: str | None = None,
     sequence_length: int | None = None,
     stride: int | None = None,
     tasks: str | None = None,
@@ -45,9 +45,10 @@ def evaluate(args: list[str]):
     Args:
       path: run folder or packed folder.
       data: dataset folder or bucket URL; default: the run's own.
-      split: of the dataset.
+      split: of the dataset; default: validation.
       text: files or folders of text to score, not a dataset.
-      text_field: of JSON lines and Parquet files: where they have the text.
+      text_field: of JSON lines and Parquet files: where they have the text;
+        default: text.
       sequence_length: tokens a window; default: the model's context.
       stride: tokens scored a window; default: half a window.
       tasks: names of lm-eval tasks, with commas between them; paper: those of
@@ -80,14 +81,25 @@ def evaluate(args: list[str]):
       '--out': out,
       '--cache': cache,
     }
-    # Limits of 0 were given, too.
-    stray = [
-      name
-      for name, value in of_tasks.items()
-      if value is not None and value is not False
-    ]
-    if stray and not tasks:
-      raise ValueError(f'{", ".join(stray)}: only with --tasks')
+    of_windows = {'--sequence-length': sequence_length, '--stride': stride}
+    of_datasets = {'--split': split, '--baselines': baselines}
+    for options, fits, where in (
+      (of_tasks, tasks, 'only with --tasks'),
+      ({'--text-field': text_field}, text, 'only with --text'),
+      (of_windows, not tasks, 'not with --tasks'),
+      (of_datasets, not (text or tasks), 'only of a dataset'),
+    ):
+      # Limits of 0 were given, too.
+      stray = [
+        name
+        for name, value in options.items()
+        if value is not None and value is not False
+      ]
+      if stray and not fits:
+        raise ValueError(f'{", ".join(stray)}: {where}')
+    for name, value in (of_windows | {'--batch-size': batch_size}).items():
+      if value is not None and value < 1:
+        raise ValueError(f'{name} {value}: must be at least 1')
     if tasks:
       record = harness.evaluate(
         path,
@@ -114,8 +126,10 @@ def evaluate(args: list[str]):
       'progress': bar,
     }
     if text:
-      print(text_lib.evaluate(path, text, text_field=text_field, **windows))
+      field = text_field or 'text'
+      print(text_lib.evaluate(path, text, text_field=field, **windows))
       return
+    split = split or 'validation'
     data = data or perplexity.default_data(path)
     print(perplexity.evaluate(path, data, split=split, **windows))
     if baselines:

@@ -107,8 +107,8 @@ def read(file: File, text_field: str = 'text') -> Iterator[Part]:
 
   Raises:
     ValueError: a line or row is not as it should be, or the file is cut: the
-      file, the line and what was wanted are named.
-    ModuleNotFoundError: the extra for this kind of file is not installed.
+      file, the line and what was wanted are named; or the extra for this kind
+      of file is not installed.
   """
   if file.name.endswith(_LINES):
     rows = _json_rows(file, text_field)
@@ -249,7 +249,7 @@ def _extra(module: str, ending: str):
   try:
     return importlib.import_module(module)
   except ModuleNotFoundError as error:
-    raise ModuleNotFoundError(
+    raise ValueError(
       f'reading {ending} files needs {error.name}: pip install '
       "'tritera_jax[data]'"
     ) from None

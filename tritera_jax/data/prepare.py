@@ -105,8 +105,7 @@ def prepare(
   Raises:
     FileNotFoundError: there is no such corpus or tokenizer.
     ValueError: a damaged file, no text in a split, or `out` holds another
-      dataset.
-    ModuleNotFoundError: .zst and .parquet files need the extra [data].
+      dataset; or .zst and .parquet files without the extra [data].
   """
   started = time.perf_counter()
   if not 0 <= host < hosts:
@@ -134,6 +133,8 @@ def prepare(
       recipe['pieces'] = pieces
   else:
     given = tokenizer_lib.load_tokenizer(tokenizer)
+    folder = str(tokenizer).rpartition('/')[0] or '.'
+    end = tokenizer_lib.end_of_text_id(given, folder)
     recipe['tokenizer'] = tokenizer_lib.fingerprint(given)
   if storage.read(out, 'manifest.json') is not None:
     manifest = shards.read_manifest(out)
@@ -143,9 +144,11 @@ def prepare(
 
   if tokenizer is None:
     given = _trained(out, recipe, listing)
+    end = tokenizer_lib.end_of_text_id(given)
   else:
     storage.write(out, 'tokenizer.json', given.to_str(pretty=True).encode())
-  encoder = Encoder(given)
+    tokenizer_lib.record_end(out, given, end)
+  encoder = Encoder(given, end)
   work = [
     Unit(out, number, files, recipe | {'tokenizer': encoder.fingerprint})
     for number, files in enumerate(units.group(listing))

@@ -15,6 +15,8 @@ from tritera_jax.data import storage
 END_OF_TEXT = '<|endoftext|>'
 # Llama 3's, and that of sentencepiece's models.
 _OTHER_ENDS = ('<|end_of_text|>', '</s>')
+# Beside a tokenizer.json whose document end has none of these names.
+END_FILE = 'end_of_text.json'
 
 # Where a token may not cross: a line end with the indentation that follows it
 # is one piece, so that code's most frequent string is one token.
@@ -121,17 +123,64 @@ def fingerprint(tokenizer: tokenizers.Tokenizer) -> str:
   return hashlib.sha256(canonical.encode()).hexdigest()
 
 
-def end_of_text_id(tokenizer: tokenizers.Tokenizer) -> int:
+def end_of_text_id(
+  tokenizer: tokenizers.Tokenizer, folder: str | Path | None = None
+) -> int:
   """The id that ends a document.
 
+  Args:
+    tokenizer: whose.
+    folder: where its tokenizer.json lies. What END_FILE there says, or the
+      eos_token_id of a config.json, goes before the names that are known.
+
   Raises:
-    ValueError: the tokenizer has neither END_OF_TEXT nor another that it knows.
+    ValueError: nothing says so, or what does is malformed.
   """
-  for name in (END_OF_TEXT, *_OTHER_ENDS):
-    token = tokenizer.token_to_id(name)
-    if token is not None:
-      return token
-  raise ValueError(
-    f'the tokenizer has no {END_OF_TEXT} token, nor '
-    f'{" or ".join(_OTHER_ENDS)}; add it as a special token'
-  )
+  stated = None if folder is None else _stated_end(tokenizer, folder)
+  end = _named_end(tokenizer) if stated is None else stated
+  if end is None:
+    raise ValueError(
+      f'the tokenizer has no {END_OF_TEXT} token, nor '
+      f'{" or ".join(_OTHER_ENDS)}; write which token ends a document to '
+      f'{"" if folder is None else f"{folder}/"}{END_FILE}, beside '
+      'tokenizer.json: {"id": NUMBER}'
+    )
+  return end
+
+
+def record_end(folder: str | Path, tokenizer: tokenizers.Tokenizer, end: int):
+  """Writes beside a tokenizer.json which token ends a document.
+
+  Nothing, where its name says so.
+  """
+  if end != _named_end(tokenizer):
+    storage.write(folder, END_FILE, json.dumps({'id': end}).encode())
+
+
+def _named_end(tokenizer: tokenizers.Tokenizer) -> int | None:
+  ids = map(tokenizer.token_to_id, (END_OF_TEXT, *_OTHER_ENDS))
+  return next((id for id in ids if id is not None), None)
+
+
+def _stated_end(
+  tokenizer: tokenizers.Tokenizer, folder: str | Path
+) -> int | None:
+  """The first that is a token; a config.json may say null, or several."""
+  for name, field in ((END_FILE, 'id'), ('config.json', 'eos_token_id')):
+    text = storage.read(folder, name)
+    if text is None:
+      continue
+    try:
+      found = json.loads(text)[field]
+    except KeyError:
+      continue
+    except (ValueError, TypeError) as error:
+      raise ValueError(
+        f'{folder}/{name} has no {field!r} of a token: {error}'
+      ) from None
+    for id in found if isinstance(found, list) else [found]:
+      if type(id) is int and id >= 0 and tokenizer.id_to_token(id) is not None:
+        return id
+    if name == END_FILE:
+      raise ValueError(f'{folder}/{name}: {field}={found!r} is no token')
+  return None

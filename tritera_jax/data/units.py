@@ -59,9 +59,9 @@ def group(listing: list[File]) -> Iterator[list[File]]:
 class Encoder:
   """Text to ids, on all cores, while the caller reads on."""
 
-  def __init__(self, tokenizer: tokenizers.Tokenizer):
+  def __init__(self, tokenizer: tokenizers.Tokenizer, end_of_text: int):
     self.fingerprint = tokenizer_lib.fingerprint(tokenizer)
-    self.end_of_text = tokenizer_lib.end_of_text_id(tokenizer)
+    self.end_of_text = end_of_text
     # Not get_vocab_size(): a tokenizer of others may have holes in its ids.
     self.vocab_size = 1 + max(tokenizer.get_vocab().values())
     self.dtype = shards.token_dtype(self.vocab_size)

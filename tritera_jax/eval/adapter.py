@@ -18,7 +18,6 @@ from lm_eval.models.utils import (  # pyright: ignore[reportMissingImports]
 )
 import tqdm
 
-from tritera_jax.data import tokenizer as tokenizer_lib
 from tritera_jax.eval import continuations
 from tritera_jax.eval.continuations import Request
 from tritera_jax.generate import load
@@ -52,7 +51,7 @@ class TriteraLM(TemplateLM):
     self.batch_size = batch_size
     self.seed = seed
     self.details = details or {}
-    self._end = tokenizer_lib.end_of_text_id(loaded.tokenizer)
+    self._end = loaded.end_of_text
     # A tokenizer that begins texts with a token begins the empty one with it.
     self._prefix = [*loaded.tokenizer.encode('').ids, self._end][0]
     self._prefix_text = loaded.tokenizer.decode(

@@ -15,6 +15,14 @@ from tritera_jax.train import loss
 from tritera_kernels.matmul import Activations
 
 
+def exponential(nats: float) -> float:
+  """e^nats; infinity where a float ends, at 709."""
+  try:
+    return math.exp(nats)
+  except OverflowError:
+    return math.inf
+
+
 @dataclasses.dataclass(frozen=True)
 class HeldOutLoss:
   """Total loss of a text; every token is scored once.
@@ -35,7 +43,7 @@ class HeldOutLoss:
 
   @property
   def perplexity(self) -> float:
-    return math.exp(self.nats_per_token)
+    return exponential(self.nats_per_token)
 
   @property
   def bits_per_byte(self) -> float:
@@ -170,16 +178,18 @@ def window_sizes(
   """Tokens of a window, and how many it advances by, defaults filled in.
 
   Raises:
-    ValueError: sequence_length exceeds the context.
+    ValueError: sequence_length is not from 1 to the context.
   """
   context = model.config.context_length
-  length = sequence_length or context
+  length = context if sequence_length is None else sequence_length
   if length > context:
     raise ValueError(
       f'sequence_length={length} exceeds the context_length={context} of the '
       'model'
     )
-  return length, stride or max(1, length // 2)
+  if length < 1:
+    raise ValueError(f'sequence_length={length} must be >= 1')
+  return length, max(1, length // 2) if stride is None else stride
 
 
 def _windows(model, source, sequence_length, stride, limit_tokens=None):

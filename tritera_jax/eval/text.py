@@ -1,17 +1,17 @@
 # SPDX-License-Identifier: Apache-2.0
 """Loss on text that no dataset was made of, in the windows of one that was."""
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 import dataclasses
-import math
 from pathlib import Path
 
 import numpy as np
 
 from tritera_jax.data import documents, loader
+from tritera_jax.data.documents import File, Part
 from tritera_jax.data.units import Encoder
 from tritera_jax.eval import perplexity
-from tritera_jax.eval.perplexity import HeldOutLoss
+from tritera_jax.eval.perplexity import HeldOutLoss, exponential
 from tritera_jax.generate import load
 from tritera_jax.train import loss
 from tritera_kernels.matmul import Activations
@@ -24,23 +24,28 @@ class TextLoss(HeldOutLoss):
   Attributes:
     documents: that have text.
     words: what spaces and line ends separate, document ends left out.
+    left_out: files of folders that are not UTF-8.
   """
 
   documents: int
   words: int
+  left_out: tuple[str, ...] = ()
 
   @property
   def word_perplexity(self) -> float:
     """The exponential of all nats, those of document ends too, a word."""
-    return math.exp(self.nats / self.words)
+    return exponential(self.nats / self.words)
 
   def __str__(self) -> str:
-    return (
-      f'{super().__str__()}\n'
+    lines = [
+      super().__str__(),
       f'perplexity {self.perplexity:.4f} a token, '
-      f'{self.word_perplexity:.4f} a word '
-      f'({self.documents:,} documents, {self.words:,} words)'
-    )
+      f'{self.word_perplexity:.4g} a word '
+      f'({self.documents:,} documents, {self.words:,} words)',
+    ]
+    if self.left_out:
+      lines.append(f'left out, not UTF-8: {", ".join(self.left_out)}')
+    return '\n'.join(lines)
 
 
 def evaluate(
@@ -75,17 +80,18 @@ def evaluate(
 
   Raises:
     FileNotFoundError: no such run, packed model or file.
-    ValueError: there is no text, a line or row has none, or an argument does
-      not fit the model.
+    ValueError: there is no text, a line or row has none, one of `files` is not
+      UTF-8, or an argument does not fit the model.
   """
   loaded = load.load(path, activations=activations)
   sizes = perplexity.window_sizes(loaded.model, sequence_length, stride)
-  encoder = Encoder(loaded.tokenizer)
+  encoder = Encoder(loaded.tokenizer, loaded.end_of_text)
+  left_out = []
   parts = (
     part
     for name in files
     for file in documents.files(str(name))
-    for part in documents.read(file, text_field)
+    for part in _read(file, text_field, Path(name).is_file(), left_out)
   )
   pieces, ends, size, words = [], 0, 0, 0
   for part, ids in encoder.encode(parts):
@@ -99,4 +105,19 @@ def evaluate(
   ids = np.concatenate(pieces)
   windows = loader.windows_of(ids, encoder.end_of_text, *sizes)
   nats = loss.total_loss(loaded.model, windows, batch_size, progress)
-  return TextLoss(nats, len(ids), size, ends, words)
+  return TextLoss(nats, len(ids), size, ends, words, tuple(left_out))
+
+
+def _read(
+  file: File, text_field: str, named: bool, left_out: list[str]
+) -> Iterator[Part]:
+  """Parts of a file; one that is no text is refused or noted."""
+  for part in documents.read(file, text_field):
+    # Rows have names of their own.
+    if part.document == file.name and not part.text and file.size:
+      if named:
+        raise ValueError(
+          f'{file.path} is not UTF-8; convert it, or leave it out'
+        )
+      left_out.append(str(file.path))
+    yield part

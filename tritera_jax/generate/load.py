@@ -22,8 +22,16 @@ _PIECE = 8  # tokens decoded between two looks at the text
 
 
 class Loaded(NamedTuple):
+  """`folder`, of the tokenizer, may say which token ends a document."""
+
   model: LanguageModel
   tokenizer: tokenizers.Tokenizer
+  folder: Path | None = None
+
+  @property
+  def end_of_text(self) -> int:
+    """See `data.tokenizer.end_of_text_id`."""
+    return tokenizer_lib.end_of_text_id(self.tokenizer, self.folder)
 
 
 def load(
@@ -55,6 +63,13 @@ def load(
       f'{path} is a Hugging Face checkpoint: tritera import {path} --out RUN '
       'makes a run of it'
     )
+  if not any(
+    (path / name).is_file() for name in ('experiment.json', 'model.safetensors')
+  ):
+    raise FileNotFoundError(
+      f'no run or packed folder at {path}; tritera import makes a run of a '
+      'Hugging Face checkpoint'
+    )
   tokenizer = tokenizer_lib.load_tokenizer(path / 'tokenizer.json')
   if (path / 'model.safetensors').exists():
     if step is not None:
@@ -62,7 +77,7 @@ def load(
     model = packed.bind(
       packed_file.read(path), activations, cache, format=format
     )
-    return Loaded(model, tokenizer)
+    return Loaded(model, tokenizer, path)
   for name, value in (
     ('activations', activations),
     ('cache', cache),
@@ -77,7 +92,7 @@ def load(
     experiment.model, params
   )
   config = dataclasses.replace(experiment.model, family='float')
-  return Loaded(decoder.bind(config, effective), tokenizer)
+  return Loaded(decoder.bind(config, effective), tokenizer, path)
 
 
 def complete(
@@ -172,7 +187,7 @@ def _start(
   stop: Sequence[str],
 ) -> engine.Decoding:
   stopping.check(stop)
-  end = tokenizer_lib.end_of_text_id(loaded.tokenizer)
+  end = loaded.end_of_text
   room = max(loaded.model.config.context_length - new_tokens, 1)
   return engine.Decoding(
     loaded.model,

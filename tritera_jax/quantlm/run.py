@@ -9,13 +9,12 @@ from collections.abc import Sequence
 import dataclasses
 import json
 from pathlib import Path
-import shutil
 from typing import Literal, NamedTuple
 
 from jaxtyping import Int32
 import numpy as np
 
-from tritera_jax.checkpoint import restore, save
+from tritera_jax.checkpoint import packed_file, restore, save
 from tritera_jax.data import loader, shards
 from tritera_jax.experiment import DataConfig
 from tritera_jax.model import flops
@@ -129,7 +128,7 @@ def quantize(
     'size_bits': report.size_bits,
   }
   (out / RECORD).write_text(json.dumps(record, indent=2) + '\n')
-  shutil.copyfile(run / 'tokenizer.json', out / 'tokenizer.json')
+  packed_file.copy_tokenizer(run / 'tokenizer.json', out)
   with save.writing(out, there) as checkpoints:
     save.save(checkpoints, at, experiment.model, save.Weights(params))
   return report

@@ -12,6 +12,7 @@ import tqdm
 
 from tritera_jax.checkpoint import restore, save
 from tritera_jax.data import loader, shards
+from tritera_jax.data import tokenizer as tokenizer_lib
 from tritera_jax.experiment import Experiment
 from tritera_jax.parallel import mesh as mesh_lib
 from tritera_jax.parallel import processes, rules
@@ -70,6 +71,8 @@ def train(experiment: Experiment, *, quiet: bool = False) -> step.TrainState:
         prints = [source.fingerprint for source in sources]
         save.write_experiment(experiment, folder, prints, done)
         tokenizer.save(str(folder / 'tokenizer.json'))
+        end = sources[0].manifest.end_of_text
+        tokenizer_lib.record_end(folder, tokenizer, end)
         recovery.record_named(folder, run.skip, done)
 
       processes.first_alone(open_folder)
@@ -275,7 +278,11 @@ def open_sources(experiment: Experiment) -> Sequence[shards.TokenSource]:
   """Every dataset of the mixture, checked against the model and each other."""
   data, model = experiment.data, experiment.model
   first = shards.read_manifest(data.path)
-  if first.vocab_size != model.vocab_size:
+  # What is started from may have rows that no token of its tokenizer has.
+  spare = bool(experiment.run.start_from)
+  if first.vocab_size != model.vocab_size and not (
+    spare and first.vocab_size < model.vocab_size
+  ):
     raise ValueError(
       f'model.vocab_size={model.vocab_size}, but the tokenizer of {data.path} '
       f'has {first.vocab_size} tokens; set --model.vocab-size '

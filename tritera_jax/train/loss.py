@@ -100,7 +100,12 @@ def total_loss(
     windows: inputs, targets and weights, as `data.loader.windows` cuts them.
     batch_size: windows at once; the last batch is filled with weight 0.
     progress: wraps the iterable of batches, as tqdm does.
+
+  Raises:
+    ValueError: batch_size is below 1.
   """
+  if batch_size < 1:
+    raise ValueError(f'batch_size={batch_size} must be >= 1')
   total = 0.0
   for batch in progress(list(_batches(windows, batch_size))):
     total += float(_weighted_sum(model, *batch))

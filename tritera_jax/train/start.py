@@ -16,6 +16,8 @@ from tritera_jax.experiment import Experiment
 _MAY_DIFFER = {
   'family', 'activation_bits', 'scale_blocks', 'context_length', 'init_std',
   'document_separator', 'dtype',
+  # What they are padded to is compared: an import counts rows, not tokens.
+  'vocab_size', 'vocab_multiple',
 }  # fmt: skip
 
 
@@ -33,6 +35,14 @@ def check(experiment: Experiment, tokenizer: tokenizers.Tokenizer):
   if not folder or save.latest_step(run.folder) is not None:
     return
   there = save.read_experiment(folder).model
+  here, rows = experiment.model, there.padded_vocab_size
+  if here.padded_vocab_size != rows:
+    raise ValueError(
+      f'run.start_from={folder} has {rows} rows of embedding, and model.'
+      f'vocab_size={here.vocab_size} is padded to {here.padded_vocab_size}; '
+      f'set --model.vocab-size {there.vocab_size} --model.vocab-multiple '
+      f'{there.vocab_multiple} as there'
+    )
   differing = [
     f'model.{field.name}: {old!r} there, {new!r} here'
     for field in dataclasses.fields(there)

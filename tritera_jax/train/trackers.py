@@ -38,7 +38,7 @@ class WandB:
     try:
       wandb = importlib.import_module('wandb')
     except ModuleNotFoundError:
-      raise ModuleNotFoundError(
+      raise ValueError(
         f'run.wandb={project!r} needs wandb: pip install wandb'
       ) from None
     # The place tells runs of one experiment apart.

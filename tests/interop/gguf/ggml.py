@@ -111,4 +111,5 @@ def logits(path: Path, ids: list[int]) -> np.ndarray:
     y = gate / (1 + np.exp(-gate)) * (y @ part('ffn_up').T)
     x = x + y @ part('ffn_down').T
   x = rms_norm(x, w['output_norm.weight'], eps)
-  return x @ w['output.weight'].T
+  # A file without a head: the embedding is it (TENSOR_DUPLICATED).
+  return x @ w.get('output.weight', w['token_embd.weight']).T

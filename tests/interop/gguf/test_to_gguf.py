@@ -17,6 +17,7 @@ from tests.interop import gguf_golden
 from tests.interop.gguf import ggml
 from tests.interop.gguf_golden import LLAMA, QWEN3, VOCABULARY
 from tests.model import oracle
+from tritera_jax import cli
 from tritera_jax.checkpoint import pack
 from tritera_jax.data import prepare
 from tritera_jax.interop.gguf import gguf_file, layout, tensor_plan, to_gguf
@@ -109,6 +110,22 @@ def test_the_file_computes_what_the_run_does(
   assert fingerprint.trit_fingerprint(matrices) == latent
 
 
+def test_a_head_that_is_the_embedding_is_written_once(tmp_path):
+  config = replaced(LLAMA, family='float')
+  params = gguf_golden.random_params(config)
+  params['head']['kernel'] = params['embed']['embedding'].T
+  run = gguf_golden.make_run(tmp_path / 'run', config, params, 'llama-3')
+  wanted = oracle.decoder(config, params, IDS)
+  for head in ('f16', 'f32'):
+    file = tmp_path / f'{head}.gguf'
+    to_gguf.export(run, file, types='f16', embedding='f16', head=head)
+    there = gguf_file.read(file).tensors
+    # In another type it is another.
+    assert ('output.weight' in there) == (head == 'f32')
+    assert 'token_embd.weight' in there
+    assert relative(ggml.logits(file, IDS.tolist()), wanted) < 1e-3
+
+
 def test_what_a_file_says_of_itself(run, tmp_path):
   file = tmp_path / 'model.gguf'
   to_gguf.export(
@@ -139,6 +156,7 @@ def test_a_tokenizer_without_a_rule_needs_one_named(run, tmp_path):
   assert 'by how much: name a text with sample' in str(report)
   sample = tmp_path / 'sample.txt'
   sample.write_text('a\n    b\n')
+  file.unlink()
   report = to_gguf.export(
     folder, file, types='tq2_0', pre='llama-bpe', sample=sample
   )
@@ -257,11 +275,7 @@ def test_matrices_that_blocks_cannot_hold_are_refused_or_of_another_type():
     planned(replaced(config, d_model=40), {}, floats='q8_0')
 
 
-def test_an_interrupted_export_leaves_what_was_there(
-  run, tmp_path, monkeypatch
-):
-  file = tmp_path / 'model.gguf'
-  file.write_bytes(b'the one before')
+def test_an_interrupted_export_leaves_nothing(run, tmp_path, monkeypatch):
   stored = to_gguf._as_stored
   calls = []
 
@@ -273,9 +287,37 @@ def test_an_interrupted_export_leaves_what_was_there(
 
   monkeypatch.setattr(to_gguf, '_as_stored', interrupted)
   with pytest.raises(KeyboardInterrupt):
-    to_gguf.export(run(LLAMA), file, types='tq2_0')
-  assert [path.name for path in tmp_path.iterdir()] == ['model.gguf']
-  assert file.read_bytes() == b'the one before'
+    to_gguf.export(run(LLAMA), tmp_path / 'model.gguf', types='tq2_0')
+  assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize('there', ['a file', 'a folder'])
+def test_what_is_there_is_not_written_over(
+  there, run, tmp_path, capsys, monkeypatch
+):
+  out = tmp_path / 'there.gguf'
+  if there == 'a file':
+    out.write_bytes(b'the one before')
+  else:
+    out.mkdir()
+  # Before anything is read.
+  monkeypatch.setattr(to_gguf.restore, 'restore_params', None)
+  args = ['--to', 'gguf', '--types', 'tq2_0', '--out', str(out)]
+  assert cli.main(['export', str(run(LLAMA)), *args]) == 1
+  assert 'there.gguf is there already; name' in capsys.readouterr().err
+  assert [path.name for path in tmp_path.iterdir()] == ['there.gguf']
+  assert there == 'a folder' or out.read_bytes() == b'the one before'
+
+
+def test_a_sample_that_is_no_text_is_named(run, tmp_path, capsys):
+  sample = tmp_path / 'latin1.txt'
+  sample.write_bytes('déjà vu'.encode('latin-1'))
+  args = [
+    '--to=gguf', '--types', 'tq2_0', '--pre', 'llama-bpe',
+    '--sample', str(sample), '--out', str(tmp_path / 'model.gguf'),
+  ]  # fmt: skip
+  assert cli.main(['export', str(run(LLAMA, 'code')), *args]) == 1
+  assert 'latin1.txt is not UTF-8: ' in capsys.readouterr().err
 
 
 def test_a_damaged_file_is_no_longer_the_models(run, tmp_path):
@@ -319,7 +361,10 @@ def test_files_of_others_do_not_say_which_scales_they_have(tmp_path):
     layout.read_config(gguf_file.read(tmp_path / 'other.gguf'))
 
 
-def test_without_the_package_the_extra_is_named(run, tmp_path, monkeypatch):
+def test_without_the_package_the_extra_is_named(
+  run, tmp_path, monkeypatch, capsys
+):
   monkeypatch.setitem(sys.modules, 'gguf', None)
-  with pytest.raises(ModuleNotFoundError, match=r'tritera_jax\[gguf\]'):
-    to_gguf.export(run(LLAMA), tmp_path / 'model.gguf', types='tq2_0')
+  args = ['--types', 'tq2_0', '--out', str(tmp_path / 'model.gguf')]
+  assert cli.main(['export', str(run(LLAMA)), '--to', 'gguf', *args]) == 1
+  assert 'tritera_jax[gguf]' in capsys.readouterr().err

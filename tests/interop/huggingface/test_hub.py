@@ -18,7 +18,11 @@ def test_only_what_is_needed_is_fetched(tmp_path, monkeypatch):
 
   monkeypatch.setattr(huggingface_hub, 'snapshot_download', download)
   assert hub.local('hf://owner/name') == folder
-  small = ['config.json', 'tokenizer.json', 'model.safetensors.index.json']
+  small = [
+    'config.json', 'tokenizer.json', 'model.safetensors.index.json',
+    'generation_config.json', 'tokenizer_config.json',
+    'special_tokens_map.json', 'chat_template.jinja',
+  ]  # fmt: skip
   assert asked == [
     ('owner/name', None, small),
     ('owner/name', '4e1243b', ['model.safetensors']),

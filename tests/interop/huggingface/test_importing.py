@@ -12,8 +12,9 @@ from tests.interop import checkpoints
 from tests.train.test_start import starting
 from tritera_jax import cli
 from tritera_jax.checkpoint import restore, save
-from tritera_jax.data import loader, shards
+from tritera_jax.data import loader, shards, tokenizer
 from tritera_jax.generate import load
+from tritera_jax.interop.gguf import gguf_file
 from tritera_jax.interop.huggingface import architectures, importing
 from tritera_jax.model import decoder, quantized
 from tritera_jax.train import start
@@ -369,6 +370,68 @@ def test_verbs_take_an_imported_run(speaking, tiny_data, capsys):
   assert said.split()[-1] in capsys.readouterr().out  # the fingerprint
   args = ['generate', str(run), '--prompt', 'def', '--new-tokens', '2']
   assert cli.main(args) == 0
+
+
+@pytest.fixture
+def turns(tmp_path):
+  """A checkpoint whose documents end with a token of a name of its own."""
+  source = checkpoints.write(
+    tmp_path / 'hf', checkpoints.KINDS['trilm'], checkpoints.tensors('trilm')
+  )
+  file = source / 'tokenizer.json'
+  file.write_text(file.read_text().replace(tokenizer.END_OF_TEXT, '<|turn|>'))
+  return source
+
+
+def test_a_config_says_which_token_ends_a_document(turns, tmp_path, capsys):
+  file = turns / 'config.json'
+  settings = json.loads(file.read_text())
+  # The first that is a token: names alone would not say.
+  settings['eos_token_id'] = [100_000, 0, 5]
+  file.write_text(json.dumps(settings))
+  run, packed = tmp_path / 'run', tmp_path / 'run/packed/two_bit'
+  text = tmp_path / 'a.txt'
+  text.write_text('one two')
+  data, gguf = tmp_path / 'data', tmp_path / 'm.gguf'
+  corpus = [str(text.parent / 'a.txt'), str(data), '--holdout', '0']
+  for command in (
+    ['import', str(turns), '--out', str(run)],
+    ['pack', str(run)],
+    ['eval', str(run), '--text', str(text)],
+    ['generate', str(run), '--prompt', '', '--new-tokens', '2'],
+    ['eval', str(packed), '--text', str(text)],
+    ['prepare', *corpus, '--tokenizer', str(run / 'tokenizer.json')],
+    ['export', str(run), '--to=gguf', '--types=f16', '--pre=gpt-2', '--out',
+     str(gguf)],
+  ):  # fmt: skip
+    assert cli.main(command) == 0, capsys.readouterr().err
+  for folder in (run, packed):
+    assert load.load(folder).end_of_text == 0
+  assert shards.read_manifest(data).end_of_text == 0
+  assert gguf_file.read(gguf).value('tokenizer.ggml.eos_token_id', int) == 0
+  # Another than a known name's, too.
+  words = tokenizer.train_tokenizer(['a'], 300)
+  (tmp_path / 'config.json').write_text('{"eos_token_id": 7}')
+  assert tokenizer.end_of_text_id(words) == 0
+  assert tokenizer.end_of_text_id(words, tmp_path) == 7
+
+
+def test_where_nothing_says_so_the_advice_can_be_followed(
+  turns, tmp_path, capsys
+):
+  run, text = tmp_path / 'run', tmp_path / 'a.txt'
+  text.write_text('one two')
+  assert cli.main(['import', str(turns), '--out', str(run)]) == 0
+  command = ['eval', str(run), '--text', str(text)]
+  assert cli.main(command) == 1
+  said = capsys.readouterr().err
+  assert f'to {run}/end_of_text.json, beside tokenizer.json: {{"id":' in said
+  file = run / 'end_of_text.json'
+  file.write_text('{"id": 100000}')
+  assert cli.main(command) == 1
+  assert 'id=100000 is no token' in capsys.readouterr().err
+  file.write_text('{"id": 0}')
+  assert cli.main(command) == 0
 
 
 def test_training_goes_on_from_the_imported_loss(speaking, tiny_data, tmp_path):

@@ -6,6 +6,7 @@ import pytest
 from tests.interop import checkpoints
 from tritera_jax import cli
 from tritera_jax.checkpoint import packed_file
+from tritera_jax.data import tokenizer as tokenizer_lib
 from tritera_jax.generate import load
 from tritera_jax.interop import verify
 from tritera_jax.interop.huggingface import importing
@@ -103,3 +104,13 @@ def test_a_folder_to_make_has_to_be_named(tmp_path, capsys):
   source = written(tmp_path / 'hf', 'trilm_2')
   assert cli.main(['pack', str(source)]) != 0
   assert '--out' in capsys.readouterr().err
+
+
+def test_documents_end_as_config_json_says(tmp_path):
+  settings = {**checkpoints.KINDS['trilm_2'], 'eos_token_id': 5}
+  found = checkpoints.tensors('trilm_2')
+  source = checkpoints.write(tmp_path / 'hf', settings, found)
+  out = tmp_path / 'packed'
+  assert cli.main(['pack', str(source), '--out', str(out)]) == 0
+  loaded = load.load(out)
+  assert tokenizer_lib.end_of_text_id(loaded.tokenizer, out) == 5

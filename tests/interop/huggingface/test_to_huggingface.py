@@ -171,6 +171,41 @@ def test_card_of_an_import_claims_no_training(tmp_path):
   assert 'license: "unknown"' in card and ' steps of ' not in card
 
 
+IDS = {'bos_token_id': 5, 'eos_token_id': [7, 8], 'pad_token_id': 9}
+KEPT = {
+  'generation_config.json': json.dumps({**IDS, 'temperature': 0.6}),
+  'tokenizer_config.json': '{"chat_template": "{{ messages }}"}',
+  'special_tokens_map.json': '{"eos_token": "c"}',
+  'chat_template.jinja': '{{ bos_token }}{{ messages }}',
+}
+
+
+@pytest.mark.parametrize('names', [[*KEPT], []])
+def test_special_tokens_and_templates_come_back(names, tmp_path):
+  source = checkpoint('trilm_2', tmp_path / 'source')
+  config = json.loads((source / 'config.json').read_text())
+  (source / 'config.json').write_text(json.dumps(config | IDS))
+  for name in names:
+    (source / name).write_text(KEPT[name])
+  run, out = str(tmp_path / 'run'), tmp_path / 'out'
+  assert main(['import', str(source), '--out', run]) == 0
+  assert main(['export', run, '--to', 'hf', '--out', str(out)]) == 0
+  there = json.loads((out / 'config.json').read_text())
+  assert {name: there[name] for name in IDS} == IDS
+  for name in names:
+    assert (out / name).read_bytes() == KEPT[name].encode()
+  if names:
+    return
+  made = json.loads((out / 'generation_config.json').read_text())
+  assert made == {**IDS, 'do_sample': False}
+  vocabulary = json.loads((source / 'tokenizer.json').read_text())
+  words = {n: word for word, n in vocabulary['model']['vocab'].items()}
+  made = json.loads((out / 'tokenizer_config.json').read_text())
+  for name, id in (('bos', 5), ('eos', 7), ('pad', 9)):
+    assert made[f'{name}_token'] == words[id]
+  assert not (out / 'special_tokens_map.json').exists()
+
+
 @pytest.mark.parametrize(
   ('fields', 'how', 'words'),
   [

@@ -69,7 +69,10 @@ def plan_tensors(
       for norm in ('q_norm', 'k_norm'):
         leaf = layers['attention'][norm]['scale'][layer]
         rest[f'layers.{layer}.attention.{norm}'] = leaf
-  rest['head'] = params['head']['kernel'].T
+  # Without a head, llama.cpp multiplies by the embedding.
+  output = params['head']['kernel'].T
+  if embedding != head or not np.array_equal(output, rest['embed']):
+    rest['head'] = output
   kinds = {'embed': embedding, 'head': head}
   plan = [
     _floats(name, kinds.get(name, 'f32'), functools.partial(np.asarray, leaf))

@@ -108,13 +108,15 @@ def export(
     licence: of the model, such as 'apache-2.0'.
 
   Raises:
-    ModuleNotFoundError: the package gguf is missing.
     FileNotFoundError: no such run or checkpoint.
-    ValueError: the model, its tokenizer or a matrix cannot be expressed; says
-      what can be done. Nothing is written.
+    FileExistsError: `file` is there.
+    ValueError: the package gguf is missing; or the model, its tokenizer or a
+      matrix cannot be expressed: says what can be done. Nothing is written.
   """
   gguf = _gguf()
   run, file = Path(run), Path(file)
+  if file.exists():
+    raise FileExistsError(f'{file} is there already; name a file to be made')
   experiment, params = restore.restore_params(run, step)
   with restore.committed(run, step) as (_, found):
     step = found
@@ -123,7 +125,7 @@ def export(
   tokenizer = tokenizer_lib.load_tokenizer(run / 'tokenizer.json')
   begin = _begin(tokenizer)
   words, rule, remarks = _tokenizer(
-    config, tokenizer, pre, end, sample, experiment.data.path
+    config, tokenizer, run, pre, end, sample, experiment.data.path
   )
   if config.document_separator is not None:
     remarks.append(
@@ -169,7 +171,7 @@ def _gguf() -> Any:
   try:
     import gguf
   except ModuleNotFoundError:
-    raise ModuleNotFoundError(
+    raise ValueError(
       'GGUF files are written by the package gguf: '
       "pip install 'tritera_jax[gguf]'"
     ) from None
@@ -211,6 +213,7 @@ def check_expressible(config: ModelConfig) -> str:
 def _tokenizer(
   config: ModelConfig,
   tokenizer: Any,
+  run: Path,
   pre: tokenizer_keys.Pre | None,
   end: str | None,
   sample: str | Path | None,
@@ -218,7 +221,7 @@ def _tokenizer(
 ) -> tuple[tokenizer_keys.Vocabulary, str, list[str]]:
   """What the file says of tokens, its rule for text, and remarks."""
   if end is None:
-    end_id = tokenizer_lib.end_of_text_id(tokenizer)
+    end_id = tokenizer_lib.end_of_text_id(tokenizer, run)
   else:
     end_id = tokenizer.token_to_id(end)
   if end_id is None:
@@ -261,7 +264,10 @@ def _tokenizer(
 
 def _sample(sample: str | Path | None, data: str) -> str | None:
   if sample is not None:
-    return Path(sample).read_text()
+    try:
+      return Path(sample).read_text(encoding='utf-8')
+    except UnicodeDecodeError as error:
+      raise ValueError(f'sample={sample} is not UTF-8: {error}') from None
   try:
     source = shards.open_split(data, 'validation')
     tokenizer = shards.read_tokenizer(data)

@@ -4,13 +4,17 @@
 from pathlib import Path
 import re
 
-from tritera_jax.interop.huggingface import new_folder, safetensors_file
+from tritera_jax.interop.huggingface import (
+  kept,
+  new_folder,
+  safetensors_file,
+)
 
 SCHEME = 'hf://'
 _NAME = re.compile(
   r'hf://(?P<repo>[\w.-]+/[\w.-]+)(@(?P<revision>[\w./-]+))?', re.ASCII
 )
-_SMALL = ['config.json', 'tokenizer.json', safetensors_file.INDEX]
+_SMALL = ['config.json', 'tokenizer.json', safetensors_file.INDEX, *kept.FILES]
 
 
 def local(source: str) -> Path:

@@ -28,6 +28,7 @@ from tritera_jax.experiment import (
 from tritera_jax.interop.huggingface import (
   contents,
   hub,
+  kept,
   names,
   new_folder,
 )
@@ -217,6 +218,7 @@ def _write(
     save.save(checkpoints, 0, found.model, save.Weights(params))
   shutil.rmtree(partial / 'staged')
   shutil.copyfile(found.tokenizer, partial / 'tokenizer.json')
+  kept.keep(found.folder, partial)
   record: Mapping[str, Any] = {
     'source': source,
     'architecture': report.architecture,

@@ -13,7 +13,7 @@ import numpy as np
 from tritera_jax.checkpoint import pack
 from tritera_jax.checkpoint.pack import PackReport
 from tritera_jax.checkpoint.packed_file import Head
-from tritera_jax.interop.huggingface import hub, new_folder
+from tritera_jax.interop.huggingface import hub, kept, new_folder
 from tritera_jax.interop.huggingface import source as source_lib
 from tritera_kernels.matmul import Activations
 
@@ -70,6 +70,7 @@ def pack_checkpoint(
     found.check_fingerprint(packed.fingerprint)
     with new_folder.whole(out) as partial:
       report = pack.write(packed, partial, found.tokenizer)
+      kept.keep_end(found.folder, partial)
   return dataclasses.replace(report, folder=out)
 
 

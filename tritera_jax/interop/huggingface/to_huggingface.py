@@ -32,6 +32,8 @@ from tritera_jax.data import tokenizer as tokenizer_lib
 from tritera_jax.interop import verify
 from tritera_jax.interop.huggingface import (
   architectures,
+  importing,
+  kept,
   model_card,
   names,
   new_folder,
@@ -129,9 +131,12 @@ def export(
       f'{config.vocab_size}: it is of another model'
     )
   try:
-    end = tokenizer_lib.end_of_text_id(tokenizer)
+    end = tokenizer_lib.end_of_text_id(tokenizer, run)
   except ValueError:
     end = None  # transformers can do without
+  record = run / importing.RECORD
+  source = json.loads(record.read_text())['config'] if record.is_file() else {}
+  ids = kept.ids(source, end)
   described = functools.partial(
     architectures.config_json,
     config,
@@ -152,10 +157,10 @@ def export(
     )
     _write_json(
       folder / 'config.json',
-      described(tied=model.tied, fingerprint=found.written),
+      described(tied=model.tied, fingerprint=found.written) | ids,
     )
     _prove(folder, found.written)
-    _write_tokenizer(run, folder, config, end)
+    _write_tokenizer(run, folder, config, ids)
     report = Report(
       out,
       architectures.architecture(config),
@@ -368,23 +373,26 @@ def _write_json(file: Path, content: dict):
 
 
 def _write_tokenizer(
-  run: Path, folder: Path, config: ModelConfig, end: int | None
+  run: Path, folder: Path, config: ModelConfig, ids: dict[str, Any]
 ):
+  """The tokenizer, and what an import brought along or else defaults."""
   shutil.copyfile(run / 'tokenizer.json', folder / 'tokenizer.json')
-  ends = {}
-  if end is not None:
-    tokenizer = tokenizer_lib.load_tokenizer(run / 'tokenizer.json')
-    ends = dict.fromkeys(('bos_token', 'eos_token'), tokenizer.id_to_token(end))
-    _write_json(
-      folder / 'generation_config.json',
-      {'bos_token_id': end, 'eos_token_id': end, 'do_sample': False},
-    )
+  tokenizer = tokenizer_lib.load_tokenizer(run / 'tokenizer.json')
+  words = {}
+  for name, id in ids.items():
+    first = id[0] if isinstance(id, list) and id else id
+    # -1 is no padding to some.
+    if isinstance(first, int) and first >= 0:
+      words[name.removesuffix('_id')] = tokenizer.id_to_token(first)
+  if words:
+    _write_json(folder / 'generation_config.json', {**ids, 'do_sample': False})
   _write_json(
     folder / 'tokenizer_config.json',
     {
       'tokenizer_class': 'PreTrainedTokenizerFast',
       'model_max_length': config.context_length,
       'clean_up_tokenization_spaces': False,
-      **ends,
+      **words,
     },
   )
+  kept.give_back(run, folder)
