@@ -135,20 +135,29 @@ def test_noise_and_refusals_are_told(written, constants):
   assert 'Not fitted: binary.' in (written[0] / 'report.md').read_text()
 
 
-def test_the_digest_is_the_table_s_whatever_its_order(
+def test_the_order_and_the_files_of_rows_change_nothing(
   written, constants, tmp_path, monkeypatch
 ):
-  _, analysis = written
-  monkeypatch.setattr(publish.analysis_lib, 'analyse', lambda *_: analysis)
   monkeypatch.setattr(publish, '_figures', lambda _: [])
-  rows = table()[::-1]
+  rows = [table()[n] for n in np.random.default_rng(1).permutation(46)]
   for name, part in (('a', rows[:20]), ('b', rows[20:])):
     (tmp_path / name).mkdir()
     runs.write(tmp_path / name, part)
   places = [tmp_path / 'a', tmp_path / 'b' / 'runs.jsonl']
-  publish.write(places, tmp_path / 'report')
+  analysis = publish.write(places, tmp_path / 'report', Options(draws=60))
+  assert [run.name for run in analysis.runs] != [run.name for run in rows]
   again = json.loads((tmp_path / 'report' / 'constants.json').read_text())
   assert again == constants
+
+
+def test_families_are_drawn_independently(written):
+  # Rows of one seed and position would move alike.
+  _, analysis = written
+  ternary, floats = (
+    [law.alpha for law in analysis.families[name].draws]
+    for name in ('ternary', 'float')
+  )
+  assert abs(np.corrcoef(ternary, floats)[0, 1]) < 0.3
 
 
 def test_a_report_is_replaced_whole_and_nothing_else_is(

@@ -2,7 +2,8 @@
 """What a fitted law says to train next, and how far it can be trusted.
 
 A law is a callable L(N, D) in nats a token; intervals come from draws of it,
-such as a bootstrap's. Draws with one index belong together across families.
+such as a bootstrap's. What compares families takes one draw of each at a time,
+by its index: draw families independently of one another.
 """
 
 from collections.abc import Callable, Mapping, Sequence

@@ -106,10 +106,12 @@ def analyse(
 ) -> Analysis:
   """Fits every law that the runs allow and asks what it says.
 
+  The order of the runs is nothing: they are sorted first.
+
   Raises:
     ValueError: no family's runs allow a law: why, by family.
   """
-  runs = list(runs)
+  runs = sorted(runs, key=_order)
   fits, constants, refused = {}, {}, {}
   for counted in ('without_embeddings', 'all'):
     points = Points.of_runs(runs, counted)
@@ -163,6 +165,10 @@ def analyse(
   )
 
 
+def _order(run: Run) -> tuple:
+  return run.family, run.parameters, run.tokens, run.seed, run.name
+
+
 def _fits(
   points: Points, delta: float
 ) -> tuple[dict[str, Fit], dict[str, str]]:
@@ -207,8 +213,13 @@ def fitted(fit: Fit, theta_KP: Array) -> Fitted:
 
 
 def _bootstrap(fit: Fit, options: Options) -> Array:
+  """Of a family, independent of the other families' draws."""
+  (family,) = fit.families
   return intervals.bootstrap(
-    fit, draws=options.draws, seed=options.seed, resample=options.resample
+    fit,
+    draws=options.draws,
+    seed=(options.seed, list(pictures.COLOURS).index(family)),
+    resample=options.resample,
   )
 
 
