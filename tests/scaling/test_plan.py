@@ -4,7 +4,7 @@ import re
 import numpy as np
 import pytest
 
-from tritera_jax.scaling import laws, plan
+from tritera_jax.scaling import families, laws, plan
 from tritera_jax.scaling.costs import Growth, Serving, Shapes
 
 TRILM, FLOATLM = laws.TRILM_SPECTRA_1_1, laws.FLOATLM_SPECTRA_1_1
@@ -125,6 +125,22 @@ def test_what_lies_beyond_the_runs_is_told():
   assert inside.beyond(3.3e9, 1e11) == pytest.approx(3.0)
   assert inside.beyond(5e8, 1.5e12) == pytest.approx(10.0)
   assert inside.beyond(9.9e6, 3e11) == pytest.approx(10.0)
+
+
+def test_a_corner_that_no_run_reaches_is_beyond_the_runs():
+  # The committed grid's shape: the largest D for the two smallest N alone.
+  sizes, budgets = np.array([36e3, 106e3, 332e3, 1.08e6]), (0.5e6, 4.2e6)
+  N, D = (each.ravel() for each in np.meshgrid(sizes, budgets))
+  N, D = np.append(N, sizes[:2]), np.append(D, [11.9e6, 11.9e6])
+  some = plan.Fitted(TRILM, (), N, D)
+  assert some.beyond(106e3, 11.9e6) == some.beyond(1.08e6, 4.2e6) == 1.0
+  # To 4.2e6 tokens or to 106e3 parameters, whichever is nearer.
+  assert some.beyond(1.08e6, 11.9e6) == pytest.approx(11.9 / 4.2)
+  assert some.beyond(300e3, 11.9e6) == pytest.approx(300 / 106)
+  assert some.beyond(110e3, 11.9e6) == pytest.approx(110 / 106)
+  assert some.largest(PLAIN) == (1.08e6, 4.2e6)
+  assert families.common_tokens([some]) == 4.2e6
+  np.testing.assert_allclose(some.beyond(N, D), 1.0)
 
 
 @pytest.mark.parametrize(

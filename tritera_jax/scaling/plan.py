@@ -46,26 +46,41 @@ class Fitted:
   Attributes:
     law: of the best fit.
     draws: laws that the runs would as well allow.
-    parameters: smallest and largest N fitted to.
-    tokens: smallest and largest D fitted to.
+    parameters: N of each run (R).
+    tokens: D of each run (R).
   """
 
   law: Law
   draws: Sequence[Law]
-  parameters: tuple[float, float]
-  tokens: tuple[float, float]
+  parameters: Numbers
+  tokens: Numbers
 
-  def beyond(self, parameters: float, tokens: float) -> float:
-    """How many times outside the fitted range, the worse of N and D; 1: in."""
-    return float(
-      max(
-        1.0,
-        self.parameters[0] / parameters,
-        parameters / self.parameters[1],
-        self.tokens[0] / tokens,
-        tokens / self.tokens[1],
-      )
-    )
+  def beyond(self, parameters: Numbers, tokens: Numbers) -> Any:
+    """How many times outside the runs N and D are; 1: within.
+
+    Within are those that have a run of no less N and no less D, and one of no
+    more of both.
+    """
+    N = np.log(self.parameters) - np.log(parameters)[..., None]
+    D = np.log(self.tokens) - np.log(tokens)[..., None]
+    below, above = np.maximum(N, D).min(-1), np.maximum(-N, -D).min(-1)
+    return np.exp(np.maximum(np.maximum(below, above), 0))
+
+  @property
+  def sizes(self) -> tuple[float, float]:
+    """The smallest and the largest N fitted to."""
+    return float(np.min(self.parameters)), float(np.max(self.parameters))
+
+  @property
+  def budgets(self) -> tuple[float, float]:
+    """The least and the most D fitted to."""
+    return float(np.min(self.tokens)), float(np.max(self.tokens))
+
+  def largest(self, shapes: Shapes) -> tuple[float, float]:
+    """N and D of the run that most FLOPs trained."""
+    N, D = np.asarray(self.parameters, float), np.asarray(self.tokens, float)
+    at = np.argmax(shapes.flops_per_token(N) * D)
+    return float(N[at]), float(D[at])
 
   def table(self, parameters: Numbers, tokens: Numbers) -> Array:
     """Losses at points (X,): those of the law, then of each draw (1 + K, X)."""
@@ -139,7 +154,7 @@ class Choice:
     training_flops: of the best fit's N and D.
     served_bytes: of its weights.
     joules_per_token: of serving it.
-    beyond: how many times outside the fitted range it is; 1: within.
+    beyond: how many times outside the runs it is; 1: within.
     wins: share of the draws in which no family has a lower loss.
   """
 
@@ -196,7 +211,7 @@ def best(
         float(D[0] * shapes.flops_per_token(N[0])),
         float(serving.bytes(family, shapes, N[0])),
         float(serving.joules_per_token(family, shapes, N[0])),
-        families[family].beyond(N[0], D[0]),
+        float(families[family].beyond(N[0], D[0])),
         float(np.mean(won)),
       )
     )

@@ -67,7 +67,7 @@ class Analysis:
     left_out: of each family.
     readings: of each family, at its largest run.
     frontiers: FLOPs (C,) and the best N of law and draws (1 + K, C).
-    largest_tokens: D at which families are compared.
+    common_tokens: D at which families are compared, as runs of every size have.
     compared: ternary and float, as 'parameters' and as 'bytes' grow.
     plans: what was asked and the best model of each family.
   """
@@ -87,7 +87,7 @@ class Analysis:
   left_out: dict[str, LeftOut]
   readings: dict[str, Readings]
   frontiers: dict[str, tuple[Array, Array]]
-  largest_tokens: float
+  common_tokens: float
   compared: dict[str, Compared]
   plans: list[tuple[str, Budget, list[Choice]]]
 
@@ -136,8 +136,8 @@ def analyse(
     )
   primary = {name: fits[options.counted][name] for name in families}
   shapes = Shapes.of_runs(runs, options.counted)
-  largest_tokens = float(max(points.tokens))
   pair = {n: families[n] for n in ('ternary', 'float') if n in families}
+  common_tokens = families_lib.common_tokens((pair or families).values())
   return Analysis(
     options,
     serving,
@@ -152,10 +152,10 @@ def analyse(
     {name: checks.lack_of_fit(fit) for name, fit in primary.items()},
     {name: _held_out(fit) for name, fit in primary.items()},
     {name: checks.leave_one_out(fit) for name, fit in primary.items()},
-    {name: _readings(each) for name, each in families.items()},
+    {name: _readings(each, shapes) for name, each in families.items()},
     {name: _frontier(each, shapes) for name, each in families.items()},
-    largest_tokens,
-    families_lib.compare(pair, shapes, serving, largest_tokens)
+    common_tokens,
+    families_lib.compare(pair, shapes, serving, common_tokens)
     if len(pair) > 1
     else {},
     [
@@ -203,12 +203,11 @@ def fitted(fit: Fit, theta_KP: Array) -> Fitted:
   (family,) = fit.families
   # One of N and D, as chinchilla fits.
   of: Any = functools.partial(fit_lib.law_of, fit, family=family)
-  N, D = fit.points.parameters, fit.points.tokens
   return Fitted(
     of(fit.theta),
     tuple(of(theta) for theta in theta_KP),
-    (float(N.min()), float(N.max())),
-    (float(D.min()), float(D.max())),
+    fit.points.parameters,
+    fit.points.tokens,
   )
 
 
@@ -233,19 +232,16 @@ def _held_out(fit: Fit) -> dict[str, HeldOut | str]:
   return held
 
 
-def _readings(family: Fitted) -> Readings:
+def _readings(family: Fitted, shapes: Shapes) -> Readings:
   law: Any = family.law
   draws: Any = family.draws
-  return readings.readings(law, draws, family.parameters[1], family.tokens[1])
+  return readings.readings(law, draws, *family.largest(shapes))
 
 
 def _frontier(family: Fitted, shapes: Shapes) -> tuple[Array, Array]:
   """From a hundredth of the smallest run's compute to a hundred largest."""
-  ends = [
-    shapes.flops_per_token(N) * D
-    for N, D in zip(family.parameters, family.tokens, strict=True)
-  ]
-  flops = np.geomspace(ends[0] / 100, ends[1] * 100, 41)
+  of_run = shapes.flops_per_token(family.parameters) * family.tokens
+  flops = np.geomspace(np.min(of_run) / 100, np.max(of_run) * 100, 41)
   return flops, plan.frontier(family, shapes, flops)
 
 
@@ -258,9 +254,9 @@ def _budgets(
 ) -> list[tuple[str, Budget]]:
   """What a plan is made for, in words: more compute, equal bytes and energy."""
   of_run = shapes.flops_per_token(points.parameters) * points.tokens
-  largest, tokens = float(max(of_run)), float(max(points.tokens))
+  largest = float(max(of_run))
   family = next(iter(families))
-  N = families[family].parameters[1]
+  N, tokens = families[family].largest(shapes)
   words = f'the largest {family} run, on {pictures.short(tokens)} tokens'
   budgets = [
     ('the compute of the largest run', Budget(training_flops=largest)),

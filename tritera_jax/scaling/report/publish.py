@@ -118,7 +118,7 @@ def _figures(analysis: Analysis):
       families,
       analysis.shapes,
       analysis.serving,
-      analysis.largest_tokens,
+      analysis.common_tokens,
       analysis.compared,
     ),
   )
@@ -179,7 +179,7 @@ def constants(analysis: Analysis, digest: str) -> dict[str, Any]:
       },
       'readings_at_the_largest_run': analysis.readings,
       'ternary_against_float': {
-        'tokens': analysis.largest_tokens, **analysis.compared
+        'tokens': analysis.common_tokens, **analysis.compared
       },
       'plans': [
         {'for': words, 'budget': budget, 'best_first': choices}

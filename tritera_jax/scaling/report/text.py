@@ -71,7 +71,7 @@ def _short(analysis: Analysis) -> str:
       last = within[-1]
       words.append(
         f'* At equal {what}, {short(last.at)} of them and '
-        f'{short(analysis.largest_tokens)} tokens, ternary has the lower loss '
+        f'{short(analysis.common_tokens)} tokens, ternary has the lower loss '
         f'in {last.wins:.0%} of draws.'
       )
   for family in analysis.families:
@@ -111,9 +111,8 @@ def _data_or_parameters(analysis: Analysis) -> str:
     '(2506.23025): the larger exponent names what helps more. The second, '
     'what the law says: a term with a large exponent is soon used up, so at C '
     '= 6 N D the best N grows as C^(beta / (alpha + beta)), and what helps '
-    'more depends on where one is. Gains are nats a token at the largest N '
-    f'and D of the runs ({points}).\n\n{table}\n\n'
-    + markdown.picture('compute')
+    'more depends on where one is. Gains are nats a token at the run that took '
+    f'the most FLOPs ({points}).\n\n{table}\n\n' + markdown.picture('compute')
   )
 
 
@@ -179,8 +178,11 @@ def _families(analysis: Analysis) -> str:
       'The table does not allow a law of both families: nothing to compare.'
       f'\n\n{markdown.picture("families")}'
     )
-  tokens = short(analysis.largest_tokens)
-  parts = [f'After {tokens} tokens.', markdown.picture('families')]
+  tokens = short(analysis.common_tokens)
+  parts = [
+    f'After {tokens} tokens, the most that runs of every size have seen.',
+    markdown.picture('families'),
+  ]
   for what, compared in analysis.compared.items():
     rows = [
       [

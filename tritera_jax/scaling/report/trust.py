@@ -14,8 +14,8 @@ def doubts(analysis: Analysis, family: str) -> list[str]:
   fit, fitted = analysis.primary[family], analysis.families[family]
   found = []
   for name, (low, high), least in (
-    ('N', fitted.parameters, 10),
-    ('D', fitted.tokens, 4),
+    ('N', fitted.sizes, 10),
+    ('D', fitted.budgets, 4),
   ):
     if high < least * low:
       found.append(f'{name} spans only {high / low:.2g} x')
