@@ -7,6 +7,7 @@ normal; FLOPs are 6 for each weight that multiplies. Three seeds at one cell of
 each family. Two binary runs allow no law.
 """
 
+import dataclasses
 import json
 import re
 
@@ -15,7 +16,8 @@ import pytest
 
 from tritera_jax import cli
 from tritera_jax.scaling import laws, runs
-from tritera_jax.scaling.report import publish
+from tritera_jax.scaling.report import analysis as analysis_lib
+from tritera_jax.scaling.report import publish, text
 from tritera_jax.scaling.report.analysis import Options
 from tritera_jax.scaling.runs import Run
 
@@ -189,6 +191,39 @@ def test_a_report_is_replaced_whole_and_nothing_else_is(
   with pytest.raises(FileExistsError, match='is no report of ours: name ano'):
     publish.write([tmp_path], mine)
   assert (mine / 'constants.json').read_text() == '{"pi": 3}'
+
+
+def test_the_loss_is_told_and_what_another_says():
+  rows = [run for run in table() if run.family != 'binary']
+  found = analysis_lib.analyse(rows, Options(delta=2e-5, draws=20))
+  for family, law in TRUTH.items():
+    alpha = found.by_squares[family]['alpha']
+    assert alpha.estimate == pytest.approx(law.alpha, rel=0.1)
+  said = text.report(found, 'f' * 64)
+  assert "by Huber's loss with delta = 2e-05." in said
+  assert "far above Huber's delta = 2e-05" in said
+  assert said.count('By least squares they cross at') == 1  # at equal bytes
+  # Of experiments/recovery.py.
+  assert 'the former held 90.5 to 93 % and the latter 94.5 to 97 %' in said
+
+
+def test_resampled_residuals_are_warned_of(written):
+  _, analysis = written
+  narrow = Options(resample='residuals')
+  said = text.report(dataclasses.replace(analysis, options=narrow), 'f' * 64)
+  assert '80.5 to 87.5 %' in said and 'Beware: resample=residuals' in said
+  assert not Options(resample='residuals', delta=float('inf')).warning
+
+
+@pytest.mark.parametrize(('fields', 'message'), [
+  ({'draws': 0}, 'draws=0 must be at least 20'),
+  ({'draws': 19}, 'draws=19 must be'),
+  ({'seed': -1}, 'seed=-1 must be >= 0'),
+  ({'delta': -1.0}, 'delta=-1.0 must be > 0; inf is least squares$'),
+])  # fmt: skip
+def test_options_without_sense_are_refused(fields, message):
+  with pytest.raises(ValueError, match=message):
+    Options(**fields)
 
 
 def test_tables_that_allow_no_law_are_refused_in_words(tmp_path, capsys):

@@ -3,6 +3,7 @@
 
 import functools
 from pathlib import Path
+import sys
 from typing import Annotated
 
 import tqdm
@@ -102,6 +103,8 @@ def scaling(args: list[str]):
       budget: one more to plan for.
       out: folder for report.md, constants.json and pictures.
     """
+    if options.warning:
+      print(f'tritera scaling: {options.warning}', file=sys.stderr)
     publish.write(runs, out, options, serving, budget)
     print(out / 'report.md')
 

@@ -4,6 +4,7 @@
 from collections.abc import Callable, Mapping, Sequence
 import dataclasses
 import functools
+import math
 from typing import Any, Literal
 
 import numpy as np
@@ -14,7 +15,7 @@ from tritera_jax.scaling import families as families_lib
 from tritera_jax.scaling import fit as fit_lib
 from tritera_jax.scaling.checks import HeldOut, LackOfFit, LeftOut
 from tritera_jax.scaling.costs import Serving, Shapes
-from tritera_jax.scaling.families import Compared
+from tritera_jax.scaling.families import Compared, Crossing
 from tritera_jax.scaling.fit import Fit
 from tritera_jax.scaling.intervals import Interval
 from tritera_jax.scaling.laws import Counted
@@ -23,6 +24,8 @@ from tritera_jax.scaling.points import Noise, Points, seed_noise
 from tritera_jax.scaling.readings import Readings
 from tritera_jax.scaling.runs import Run
 
+_FEWEST = 20  # draws
+_FAR = 5.0  # residuals over delta: Huber's loss is no longer near squares
 SHARED_E = 'one E for all'
 IN_BITS = 'one law in bits'
 
@@ -46,6 +49,27 @@ class Options:
   seed: int = 0
   resample: Literal['runs', 'residuals'] = 'runs'
 
+  def __post_init__(self):
+    if not self.delta > 0:
+      raise ValueError(f'delta={self.delta} must be > 0; inf is least squares')
+    if self.draws < _FEWEST:
+      raise ValueError(
+        f'draws={self.draws} must be at least {_FEWEST}: of fewer no interval '
+        'can be told'
+      )
+    if self.seed < 0:
+      raise ValueError(f'seed={self.seed} must be >= 0')
+
+  @property
+  def warning(self) -> str:
+    """What is known to be wrong with them, if anything."""
+    if self.resample == 'residuals' and math.isfinite(self.delta):
+      return (
+        "resample=residuals with Huber's loss has intervals that are too "
+        'narrow: take runs, or delta=inf'
+      )
+    return ''
+
 
 @dataclasses.dataclass(frozen=True)
 class Analysis:
@@ -65,6 +89,9 @@ class Analysis:
     lack_of_fit: of each family; None without repeats.
     held_out: of each family by 'parameters' and by 'tokens'; or why not.
     left_out: of each family.
+    by_squares: alpha and beta by least squares of each family whose residuals
+      are far above delta.
+    crossings_by_squares: of ternary and float, where either is so.
     readings: of each family, at its largest run.
     frontiers: FLOPs (C,) and the best N of law and draws (1 + K, C).
     common_tokens: D at which families are compared, as runs of every size have.
@@ -85,6 +112,8 @@ class Analysis:
   lack_of_fit: dict[str, LackOfFit | None]
   held_out: dict[str, dict[str, HeldOut | str]]
   left_out: dict[str, LeftOut]
+  by_squares: dict[str, dict[str, Interval]]
+  crossings_by_squares: dict[str, Crossing]
   readings: dict[str, Readings]
   frontiers: dict[str, tuple[Array, Array]]
   common_tokens: float
@@ -138,20 +167,38 @@ def analyse(
   shapes = Shapes.of_runs(runs, options.counted)
   pair = {n: families[n] for n in ('ternary', 'float') if n in families}
   common_tokens = families_lib.common_tokens((pair or families).values())
+  noise = seed_noise(points)
+  squares = {
+    name: fit_lib.again(fit, fit.points, fit_lib.SQUARES)
+    for name, fit in primary.items()
+  }
+  far = [n for n, fit in primary.items() if fit.noise > _FAR * fit.delta]
   return Analysis(
     options,
     serving,
     runs,
     points,
-    seed_noise(points),
+    noise,
     shapes,
     fits,
     constants,
     refused,
     families,
-    {name: checks.lack_of_fit(fit) for name, fit in primary.items()},
+    {name: checks.lack_of_fit(fit, noise) for name, fit in primary.items()},
     {name: _held_out(fit) for name, fit in primary.items()},
     {name: checks.leave_one_out(fit) for name, fit in primary.items()},
+    {name: intervals.profile(squares[name], level=plan.LEVEL) for name in far},
+    {
+      what: each.crossing
+      for what, each in families_lib.compare(
+        {name: fitted(squares[name], np.empty((0, 5))) for name in pair},
+        shapes,
+        serving,
+        common_tokens,
+      ).items()
+    }
+    if len(pair) > 1 and set(pair) & set(far)
+    else {},
     {name: _readings(each, shapes) for name, each in families.items()},
     {name: _frontier(each, shapes) for name, each in families.items()},
     common_tokens,

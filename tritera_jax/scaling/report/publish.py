@@ -165,6 +165,11 @@ def constants(analysis: Analysis, digest: str) -> dict[str, Any]:
       },
       'lack_of_fit': analysis.lack_of_fit,
       'held_out': held_out,
+      'by_least_squares': {
+        family: {name: each[name] for name in ('alpha', 'beta')}
+        for family, each in analysis.by_squares.items()
+      },
+      'crossings_by_least_squares': analysis.crossings_by_squares,
       'left_out_exponents': {
         family: {
           name: dict(
