@@ -160,11 +160,26 @@ def test_budgets_without_sense_are_refused(fields, message):
 
 
 def test_a_budget_too_small_for_any_model_is_refused():
-  with pytest.raises(ValueError, match=re.escape('no ternary model is so')):
+  with pytest.raises(
+    ValueError,
+    match=re.escape('no ternary model is so small as served_bytes=0.1'),
+  ):
     one(TRILM, plan.Budget(tokens=1e9, served_bytes=0.1))
 
 
-@pytest.mark.parametrize('fields', [{}, {'served_bytes': 1e9}, {'tokens': 1e9}])
+def test_a_family_with_no_model_so_small_is_left_out():
+  # Ten bytes are 50 ternary weights; half of one float weight takes one.
+  both = {'float': fitted(FLOATLM), 'ternary': fitted(TRILM)}
+  (choice,) = plan.best(both, plan.Budget(tokens=1e9, served_bytes=1.5), PLAIN)
+  assert (choice.family, choice.wins) == ('ternary', 1.0)
+
+
+@pytest.mark.parametrize('fields', [{'served_bytes': 1e9}, {'tokens': 1e9}])
 def test_budgets_without_a_bound_are_refused(fields):
   with pytest.raises(ValueError, match='else N or D has no bound'):
-    one(TRILM, plan.Budget(**fields))
+    plan.Budget(**fields)
+
+
+def test_no_budget_at_all_plans_nothing():
+  with pytest.raises(ValueError, match='else N or D has no bound'):
+    one(TRILM, plan.Budget())

@@ -15,7 +15,7 @@ import numpy as np
 import pytest
 
 from tritera_jax import cli
-from tritera_jax.scaling import laws, runs
+from tritera_jax.scaling import laws, plan, runs
 from tritera_jax.scaling.report import analysis as analysis_lib
 from tritera_jax.scaling.report import publish, text
 from tritera_jax.scaling.report.analysis import Options
@@ -238,3 +238,20 @@ def test_tables_that_allow_no_law_are_refused_in_words(tmp_path, capsys):
   error = capsys.readouterr().err
   assert error.startswith('tritera scaling: no law can be fitted: ternary: 4 ')
   assert not out.exists()
+  with pytest.raises(SystemExit, match='2'):
+    cli.main(['scaling', '--out', str(out)])
+  assert 'usage: tritera scaling RUNS' in capsys.readouterr().err
+  command = ['scaling', str(tmp_path), '--out', str(out)]
+  with pytest.raises(SystemExit, match='2'):
+    cli.main([*command, '--budget.served-bytes', '9'])
+  assert 'N or D has no bound' in capsys.readouterr().err
+
+
+def test_a_budget_too_small_is_a_line_of_the_plan():
+  rows = [run for run in table() if run.family != 'binary']
+  budget = plan.Budget(tokens=1e9, served_bytes=0.1)
+  found = analysis_lib.analyse(rows, Options(draws=20), budget=budget)
+  said = text.report(found, 'f' * 64)
+  assert '(tokens 1e+09, served_bytes 0.1): no ternary model is so ' in said
+  refused = publish.constants(found, 'f' * 64)['plans'][-1]['refused']
+  assert refused.endswith('no float model is so small as served_bytes=0.1')

@@ -133,6 +133,18 @@ class Budget:
         ' are the same limit twice: give one'
       )
 
+    if any(value is not None for value in vars(self).values()):
+      self.refuse_without_bound()
+
+  def refuse_without_bound(self):
+    """Raises a ValueError where N or D may be whatever it likes."""
+    serves = (self.served_bytes, self.joules_per_token) != (None, None)
+    if self.flops == np.inf and not (serves and self.tokens):
+      raise ValueError(
+        'a budget needs training_flops or gpu_days, or tokens with '
+        'served_bytes or joules_per_token: else N or D has no bound'
+      )
+
   @property
   def flops(self) -> float:
     """Of training; inf without a limit."""
@@ -177,25 +189,28 @@ def best(
 ) -> list[Choice]:
   """The best model of each family within a budget, the best family first.
 
+  A family that has no model so small is left out.
+
   Raises:
-    ValueError: the budget leaves N or D without a bound, or no model is so
-      small.
+    ValueError: the budget leaves N or D without a bound, or no family has a
+      model so small.
   """
-  serves = (budget.served_bytes, budget.joules_per_token) != (None, None)
-  if budget.flops == np.inf and not (serves and budget.tokens):
-    raise ValueError(
-      'a budget needs training_flops or gpu_days, or tokens with '
-      'served_bytes or joules_per_token: else N or D has no bound'
-    )
-  found = {}
+  budget.refuse_without_bound()
+  found, refused = {}, []
   for family, fitted in families.items():
-    largest = _largest(family, budget, shapes, serving)
+    try:
+      largest = _largest(family, budget, shapes, serving)
+    except ValueError as error:
+      refused.append(str(error))
+      continue
     found[family] = np.array(
       [
         np.ravel(_best(law, largest, budget.flops, budget.tokens, shapes))
         for law in (fitted.law, *fitted.draws)
       ]
     ).T
+  if not found:
+    raise ValueError('; '.join(refused))
   count = min(each.shape[1] for each in found.values())
   least = np.min([each[2, :count] for each in found.values()], axis=0)
   choices = []
@@ -241,7 +256,12 @@ def _largest(
       of_size = functools.partial(cost, family, shapes)
       limits.append(float(shapes.invert(of_size, limit)))
   if min(limits) < 1:
-    raise ValueError(f'no {family} model is so small: {budget}')
+    asked = ' and '.join(
+      f'{field}={getattr(budget, field):g}'
+      for field in ('served_bytes', 'joules_per_token')
+      if getattr(budget, field) is not None
+    )
+    raise ValueError(f'no {family} model is so small as {asked}')
   return min(limits)
 
 

@@ -96,7 +96,7 @@ class Analysis:
     frontiers: FLOPs (C,) and the best N of law and draws (1 + K, C).
     common_tokens: D at which families are compared, as runs of every size have.
     compared: ternary and float, as 'parameters' and as 'bytes' grow.
-    plans: what was asked and the best model of each family.
+    plans: what was asked and the best model of each family, or why none.
   """
 
   options: Options
@@ -118,7 +118,7 @@ class Analysis:
   frontiers: dict[str, tuple[Array, Array]]
   common_tokens: float
   compared: dict[str, Compared]
-  plans: list[tuple[str, Budget, list[Choice]]]
+  plans: list[tuple[str, Budget, list[Choice] | str]]
 
   @property
   def primary(self) -> dict[str, Fit]:
@@ -206,7 +206,7 @@ def analyse(
     if len(pair) > 1
     else {},
     [
-      (words, asked, plan.best(families, asked, shapes, serving))
+      (words, asked, _best(families, asked, shapes, serving))
       for words, asked in _budgets(points, families, shapes, serving, budget)
     ],
   )
@@ -269,6 +269,19 @@ def _bootstrap(fit: Fit, options: Options) -> Array:
   )
 
 
+def _best(
+  families: Mapping[str, Fitted],
+  budget: Budget,
+  shapes: Shapes,
+  serving: Serving,
+) -> list[Choice] | str:
+  """Or why there is none."""
+  try:
+    return plan.best(families, budget, shapes, serving)
+  except ValueError as error:
+    return str(error)
+
+
 def _held_out(fit: Fit) -> dict[str, HeldOut | str]:
   held: dict[str, HeldOut | str] = {}
   for axis in ('parameters', 'tokens'):
@@ -287,7 +300,8 @@ def _readings(family: Fitted, shapes: Shapes) -> Readings:
 
 def _frontier(family: Fitted, shapes: Shapes) -> tuple[Array, Array]:
   """From a hundredth of the smallest run's compute to a hundred largest."""
-  of_run = shapes.flops_per_token(family.parameters) * family.tokens
+  N, D = np.asarray(family.parameters), np.asarray(family.tokens)
+  of_run = shapes.flops_per_token(N) * D
   flops = np.geomspace(np.min(of_run) / 100, np.max(of_run) * 100, 41)
   return flops, plan.frontier(family, shapes, flops)
 

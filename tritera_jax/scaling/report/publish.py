@@ -187,7 +187,12 @@ def constants(analysis: Analysis, digest: str) -> dict[str, Any]:
         'tokens': analysis.common_tokens, **analysis.compared
       },
       'plans': [
-        {'for': words, 'budget': budget, 'best_first': choices}
+        {'for': words, 'budget': budget}
+        | (
+          {'refused': choices}
+          if isinstance(choices, str)
+          else {'best_first': choices}
+        )
         for words, budget, choices in analysis.plans
       ],
     }
@@ -219,6 +224,6 @@ def _plain(value: Any) -> Any:
 def _digest(runs: Sequence[runs_lib.Run]) -> str:
   """Of the rows, whatever their order and files."""
   lines = sorted(
-    json.dumps(dataclasses.asdict(run), sort_keys=True) for run in runs
+    json.dumps(json.loads(runs_lib.line(run)), sort_keys=True) for run in runs
   )
   return hashlib.sha256('\n'.join(lines).encode()).hexdigest()

@@ -266,8 +266,16 @@ def _plans(analysis: Analysis) -> str:
       for field in dataclasses.fields(budget)
       if getattr(budget, field.name) is not None
     )
+    if isinstance(choices, str):
+      parts.append(f'For {words} ({asked}): {choices}.')
+      continue
+    none = [
+      f' No {family} model is so small.'
+      for family in analysis.families
+      if family not in {choice.family for choice in choices}
+    ]
     parts.append(
-      f'For {words} ({asked}):\n\n'
+      f'For {words} ({asked}):{"".join(none)}\n\n'
       + markdown.table(
         [
           'family',
