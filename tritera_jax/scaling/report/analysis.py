@@ -141,6 +141,8 @@ def analyse(
     ValueError: no family's runs allow a law: why, by family.
   """
   runs = sorted(runs, key=_order)
+  if not runs:
+    raise ValueError('no law can be fitted: there are no runs')
   fits, constants, refused = {}, {}, {}
   for counted in ('without_embeddings', 'all'):
     points = Points.of_runs(runs, counted)
