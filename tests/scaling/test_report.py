@@ -134,7 +134,10 @@ def test_noise_and_refusals_are_told(written, constants):
   noise = constants['seed_noise_of_log_loss']
   assert noise['degrees'] == 4 and 1.5e-4 < noise['relative'] < 1e-3
   assert '2 runs for a law of 5 constants' in constants['refused']['binary']
-  assert 'Not fitted: binary.' in (written[0] / 'report.md').read_text()
+  said = (written[0] / 'report.md').read_text()
+  assert 'Not fitted: binary.' in said
+  assert '## In short\n\n* No law of binary: 2 runs for a law of 5' in said
+  assert 'With two families gamma is one free number' in said
 
 
 def test_the_order_and_the_files_of_rows_change_nothing(
@@ -245,6 +248,15 @@ def test_tables_that_allow_no_law_are_refused_in_words(tmp_path, capsys):
   with pytest.raises(SystemExit, match='2'):
     cli.main([*command, '--budget.served-bytes', '9'])
   assert 'N or D has no bound' in capsys.readouterr().err
+
+
+def test_one_family_alone_has_no_picture_of_two(tmp_path):
+  runs.write(tmp_path, [run for run in table() if run.family == 'ternary'])
+  out = tmp_path / 'report'
+  publish.write([tmp_path], out, Options(draws=20))
+  said = (out / 'report.md').read_text()
+  assert 'nothing to compare' in said and 'gamma is one' not in said
+  assert len(list(out.glob('*.png'))) == len(re.findall(r'!\[', said)) == 4
 
 
 def test_a_budget_too_small_is_a_line_of_the_plan():

@@ -136,6 +136,7 @@ def compute_optimal(
     runs=_line(marker='o', ls='', color='0.2', ms=3),
     within_the_runs=_patch(color='0.5', alpha=0.15),
     compute_optimal=_line(color='0.3', lw=2),
+    **_band(),
     beyond_the_runs=_line(color='0.3', ls=_DASHES),
   )
   # Labels leave gaps of their own size, which the layout decides.
@@ -151,7 +152,7 @@ def residuals(
   by_family: Mapping[str, Array],
   noise: float | None,
 ) -> 'matplotlib.figure.Figure':
-  """Loss less its law's in per cent, against N, D and loss.
+  """100 times log loss less its law's, against N, D and loss.
 
   Args:
     points: all runs.
@@ -188,7 +189,7 @@ def residuals(
     panel.set(xscale='log', xlabel=label)
     pictures.count_ticks(panel.xaxis)
   panels[2].set_xlabel('held-out loss (nats a token)')
-  panels[0].set_ylabel('loss above its law (%)')
+  panels[0].set_ylabel('100 x log(observed / law)')
   _legend(figure, **handles)
   return figure
 
@@ -237,6 +238,11 @@ def families_compared(
                     lw=0)  # fmt: skip
       panel.plot(crossed.at.estimate, crossed.loss, 'x', color='black', ms=7,
                  mew=1.5)  # fmt: skip
+    if crossed is not None:
+      panel.text(
+        0.03, 0.03, f'{crossed.share:.0%} of draws cross', color='0.3',
+        transform=panel.transAxes, fontsize=7,
+      )  # fmt: skip
     pictures.count_ticks(panel.xaxis)
   panels[0].set(
     xlabel=_COUNTED[points.counted], ylabel='held-out loss (nats a token)'
@@ -251,6 +257,7 @@ def families_compared(
       for family in families
     },
     beyond_the_runs=_line(color='0.3', ls=_DASHES),
+    **_band(),
     **(
       {'crossing': _line(marker='x', ls='', color='black', ms=7, mew=1.5)}
       if any(each.crossing.at for each in compared.values())
@@ -323,6 +330,10 @@ def _line(**style) -> Any:
   from matplotlib.lines import Line2D
 
   return Line2D([], [], **style)
+
+
+def _band() -> dict[str, Any]:
+  return {f'{plan.LEVEL:.0%} of draws': _patch(color='0.3', alpha=0.25)}
 
 
 def _patch(**style) -> Any:

@@ -111,17 +111,18 @@ def _figures(analysis: Analysis):
       None if analysis.noise is None else analysis.noise.relative,
     ),
   )
-  yield (
-    'families',
-    figures.families_compared(
-      points,
-      families,
-      analysis.shapes,
-      analysis.serving,
-      analysis.common_tokens,
-      analysis.compared,
-    ),
-  )
+  if analysis.compared:
+    yield (
+      'families',
+      figures.families_compared(
+        points,
+        families,
+        analysis.shapes,
+        analysis.serving,
+        analysis.common_tokens,
+        analysis.compared,
+      ),
+    )
 
 
 def constants(analysis: Analysis, digest: str) -> dict[str, Any]:

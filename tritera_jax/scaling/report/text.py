@@ -10,7 +10,7 @@ from tritera_jax.scaling.intervals import Interval
 from tritera_jax.scaling.plan import Choice
 from tritera_jax.scaling.readings import Readings
 from tritera_jax.scaling.report import markdown, trust
-from tritera_jax.scaling.report.analysis import Analysis
+from tritera_jax.scaling.report.analysis import IN_BITS, Analysis
 
 _COUNTED = {'all': 'all', 'without_embeddings': 'without embeddings'}
 # Of 100 tables drawn from a law, in how many 90 % intervals held the truth:
@@ -87,7 +87,12 @@ def _head(analysis: Analysis, digest: str) -> str:
 
 
 def _short(analysis: Analysis) -> str:
-  words = [_verdict(*each) for each in analysis.readings.items()]
+  words = [
+    f'* No law of {family}: {analysis.refused[family]}.'
+    for family in dict.fromkeys(analysis.points.families)
+    if family not in analysis.families
+  ]
+  words += [_verdict(*each) for each in analysis.readings.items()]
   for what, compared in analysis.compared.items():
     within = [row for row in compared.rows if row.beyond < 1.001]
     if within:
@@ -189,6 +194,16 @@ def _laws(analysis: Analysis) -> str:
     parts.append(
       f'### N {_COUNTED[counted]}\n\n' + markdown.table(['law', *columns], rows)
     )
+  families_of_bits = {
+    len(fits[IN_BITS].families)
+    for fits in analysis.fits.values()
+    if IN_BITS in fits
+  }
+  if 2 in families_of_bits:
+    parts.append(
+      'With two families gamma is one free number, which multiplies the N of '
+      'one of them: that the law in bits fits says nothing of bits.'
+    )
   parts += [
     f'Not fitted: {name}. {why}.' for name, why in analysis.refused.items()
   ]
@@ -199,7 +214,6 @@ def _families(analysis: Analysis) -> str:
   if not analysis.compared:
     return (
       'The table does not allow a law of both families: nothing to compare.'
-      f'\n\n{markdown.picture("families")}'
     )
   tokens = short(analysis.common_tokens)
   parts = [
