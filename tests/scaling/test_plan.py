@@ -90,6 +90,14 @@ def test_budgets_are_kept_together_as_brute_force_finds(law):
     assert choice.tokens.estimate == pytest.approx(D, rel=0.1)
 
 
+@pytest.mark.filterwarnings('error')
+def test_all_parameters_counted_no_model_is_of_embeddings_alone():
+  shapes = Shapes('all', Growth(2e4, 0.45), 6.0, 3.0)
+  tiny = one(TRILM, plan.Budget(training_flops=1e9), shapes)
+  assert shapes.smallest == 20_001 <= tiny.parameters.estimate
+  assert tiny.training_flops == pytest.approx(1e9)
+
+
 def test_gpu_days_are_flops():
   # 10 days of 989e12 FLOP/s at 40 %: 10 * 86400 * 989e12 * 0.4 = 3.418e20.
   days = plan.Budget(gpu_days=10.0, gpu_flops_per_second=989e12, mfu=0.4)

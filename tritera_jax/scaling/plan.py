@@ -255,7 +255,7 @@ def _largest(
     if limit is not None:
       of_size = functools.partial(cost, family, shapes)
       limits.append(float(shapes.invert(of_size, limit)))
-  if min(limits) < 1:
+  if min(limits) < shapes.smallest:
     asked = ' and '.join(
       f'{field}={getattr(budget, field):g}'
       for field in ('served_bytes', 'joules_per_token')
@@ -277,7 +277,7 @@ def _best(
   By grids of log N, each finer than the last: to 1e-6 of its range.
   """
   flops = np.reshape(flops, (-1, 1))
-  low = np.zeros_like(flops, float)
+  low = np.full_like(flops, np.log(shapes.smallest), float)
   high = np.full_like(low, np.log(largest))
   for _ in range(5):
     N = np.exp(low + np.linspace(0, 1, 49) * (high - low))

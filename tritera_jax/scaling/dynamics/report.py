@@ -50,7 +50,7 @@ def _number(value: float | str, width: int, places: int) -> str:
 def write(runs: Mapping[str, Dynamics], out: str | Path) -> list[Path]:
   """Writes dynamics.json, and deceleration and interference as PNG and SVG.
 
-  Without deceleration, where no run has kept a step.
+  Without deceleration, where no run has kept two steps.
 
   Args:
     runs: by the names that they are to have.
@@ -68,7 +68,7 @@ def write(runs: Mapping[str, Dynamics], out: str | Path) -> list[Path]:
   file.write_text(json.dumps(record, indent=2, allow_nan=False) + '\n')
   written = [file]
   with pictures.style():
-    if curves := {name: run for name, run in runs.items() if run.steps}:
+    if curves := {n: run for n, run in runs.items() if len(run.steps) > 1}:
       figure = Figure()
       _draw_losses(figure.subplots(), curves)
       written += pictures.save(figure, out / 'deceleration')
