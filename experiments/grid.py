@@ -10,14 +10,19 @@ each cell; which five sizes and budgets it does not say.
   expected  grid_runs.jsonl has all 44 runs of mini_* (two threads, AMD EPYC
             Zen 4, 2026-11-22, beside much else). At equal parameters float is
             ahead, by 0.01 to 0.10 nats after 4.2m tokens, by 0.12 and 0.09
-            after 11.9m; at equal bytes ternary is, by the law up to 1.2 MB
-            (0.5 to 7.1). By the law alpha is 0.32 (0.04-0.62), beta
-            0.41 (0.18-0.62) of ternary, 0.41 (0.06-0.62) and 0.36 (0.15-0.52)
-            of float: "data or parameters" is not decided. Nor is the law to be
-            trusted here: it misses ternary losses by 2.1 % where seeds differ
-            by 0.5 %, and fitted without 11.9m tokens it misses those by 7 %
-            (float 4 %). The largest model gains more by tokens than the sum of
-            two powers allows: at 0.5m, 512 updates, size hardly counts yet.
+            after 11.9m; at equal bytes ternary is, in 98 % of draws at 0.59
+            MB and 4.2m tokens. Where that ends is not known: by the law at
+            2.6 MB (0.6 to 13.6 in the 57 % of draws that cross), by least
+            squares nowhere up to 64 times the largest model. By the law alpha
+            is 0.32 (0.04-0.62), beta 0.41 (0.18-0.62) of ternary, 0.41
+            (0.06-0.62) and 0.36 (0.15-0.52) of float, by least squares 0.16,
+            0.44, 0.24 and 0.34: by exponents "data or parameters" is not
+            decided; by gains at the largest run, on 4.2m tokens, data is (in
+            99 and 100 % of draws). Nor is the law to be trusted here: it
+            misses ternary losses by 2.1 % where seeds differ by 0.5 %, and
+            fitted without 11.9m tokens it misses those by 7 % (float 4 %). The
+            largest model gains more by tokens than the sum of two powers
+            allows: at 0.5m, 512 updates, size hardly counts yet.
   command   python experiments/grid.py corpus/grid   (the text of mini_*)
             tritera prepare corpus/grid data/grid --vocab-size 1024 \\
               --holdout 0.003

@@ -1,11 +1,14 @@
 # SPDX-License-Identifier: Apache-2.0
+import hashlib
+import json
 import os
+from pathlib import Path
 import shutil
 import subprocess
 
 import pytest
 
-from tritera_jax import cli
+from tritera_jax import cli, experiment_file, sweep
 from tritera_jax.checkpoint import save
 from tritera_jax.eval import perplexity
 from tritera_jax.scaling import runs
@@ -48,7 +51,7 @@ def swept(made_once, file):
   return made_once('sweep', make)
 
 
-def test_what_is_trained_stands_in_the_table(swept):
+def test_what_is_trained_stands_in_the_table(swept, tiny_data):
   (row,) = runs.read(swept)
   assert (row.name, row.family, row.seed) == ('small', 'ternary', 3)
   assert row.tokens == 2 * 8 * 32
@@ -63,6 +66,14 @@ def test_what_is_trained_stands_in_the_table(swept):
   assert row.held_out_loss == pytest.approx(loss.nats_per_token)
   assert row.bits_per_byte == pytest.approx(loss.bits_per_byte)
   assert save.latest_step(swept / 'small') == 2
+  # What it was scored on: of the dataset's own manifest.
+  manifest = json.loads((tiny_data / 'manifest.json').read_text())
+  text = ''.join(
+    f'{shard["tokens"]} {shard["sha256"]}\n'
+    for shard in manifest['splits']['validation']
+  )
+  tokens = hashlib.sha256(text.encode()).hexdigest()
+  assert row.held_out == f'{manifest["tokenizer"][:16]}-{tokens[:16]}'
 
 
 def test_one_that_fails_is_named_and_does_not_stop_the_others(swept):
@@ -87,6 +98,17 @@ def test_again_it_runs_nothing_that_is_there(file, swept, tmp_path, capsys):
 def test_a_pattern_that_fits_nothing(file, capsys):
   assert cli.main(['sweep', str(file), 'smal', '--out', 'unused']) == 1
   assert "nothing fits 'smal'" in capsys.readouterr().err
+
+
+def test_of_many_names_a_few_are_told(file):
+  (one, *_) = experiment_file.load_sweep(str(file)).values()
+  with pytest.raises(ValueError, match='there are 84 names: n0, n1, .*, ...$'):
+    sweep.chosen({f'n{n}': one for n in range(84)}, ['m*'])
+
+
+def test_a_job_array_without_overrides_has_no_separator():
+  script = sweep.job_array('f.py', ['a'], Path('out'), [])
+  assert '--out out || code=$?' in script
 
 
 def test_a_job_array_has_a_task_for_each(file, tmp_path, capsys):

@@ -7,9 +7,7 @@ which leaves its row in RUN/result.json. The rows that are there are the table.
 
 from collections.abc import Callable, Mapping, Sequence
 import contextlib
-import dataclasses
 import fnmatch
-import json
 from pathlib import Path
 import shlex
 import signal
@@ -17,6 +15,7 @@ import subprocess
 import sys
 
 from tritera_jax.checkpoint import save
+from tritera_jax.data import shards
 from tritera_jax.eval import perplexity
 from tritera_jax.experiment import Experiment
 from tritera_jax.model import flops
@@ -38,13 +37,20 @@ def chosen(
   for pattern in patterns:
     if not fnmatch.filter(sweep, pattern):
       raise ValueError(
-        f'nothing fits {pattern!r}; there are {", ".join(sweep)}'
+        f'nothing fits {pattern!r}; there are {_few(list(sweep))}'
       )
   return {
     name: experiment
     for name, experiment in sweep.items()
     if not patterns or any(fnmatch.fnmatch(name, p) for p in patterns)
   }
+
+
+def _few(names: Sequence[str]) -> str:
+  """Names, or the first of many."""
+  if len(names) <= 12:
+    return ', '.join(names)
+  return f'{len(names)} names: {", ".join(names[:8])}, ...'
 
 
 def job_array(
@@ -54,7 +60,8 @@ def job_array(
 
   What a task is given (devices, time, account) is to be filled in.
   """
-  options = shlex.join(['--out', str(out), '--', *overrides])
+  rest = ['--', *overrides] if overrides else []
+  options = shlex.join(['--out', str(out), *rest])
   return f"""#!/bin/bash
 #SBATCH --job-name={shlex.quote(out.name)}
 #SBATCH --array=0-{len(names) - 1}
@@ -150,8 +157,14 @@ def _read(run: Path) -> Run:
 
 
 def _collect(out: Path):
-  """All results below `out`, those of other calls too."""
-  runs.write(out, [_read(f.parent) for f in sorted(out.glob(f'*/{_RESULT}'))])
+  """All results below `out`, those of other calls too.
+
+  Again where another call had one meanwhile: whoever writes last has them all.
+  """
+  found: list[Path] = []
+  while (now := sorted(out.glob(f'*/{_RESULT}'))) != found:
+    found = now
+    runs.write(out, [_read(file.parent) for file in found])
 
 
 def result(run: Path) -> Run:
@@ -176,12 +189,18 @@ def result(run: Path) -> Run:
     bits_per_byte=loss.bits_per_byte,
     seed=experiment.run.seed,
     seconds=goodput.measured(run).seconds[goodput.TRAINING],
+    held_out=_fingerprint(experiment),
   )
+
+
+def _fingerprint(experiment: Experiment) -> str:
+  source = shards.open_split(experiment.data.path, 'validation')
+  return f'{source.manifest.tokenizer[:16]}-{source.fingerprint[:16]}'
 
 
 def _score(run: Path):
   partial = run / 'result.partial'
-  partial.write_text(json.dumps(dataclasses.asdict(result(run))) + '\n')
+  partial.write_text(f'{runs.line(result(run))}\n')
   partial.rename(run / _RESULT)
 
 

@@ -17,7 +17,12 @@ def from_json(
   try:
     return adapter.validate_json(text, strict=True, extra='forbid')
   except pydantic.ValidationError as error:
-    problems = '; '.join(
-      f'{".".join(map(str, e["loc"]))}: {e["msg"]}' for e in error.errors()
-    )
+    problems = '; '.join(map(_problem, error.errors()))
     raise ValueError(f'{source}: {problems}') from None
+
+
+def _problem(error: Any) -> str:
+  """Field and words; a dataclass's own words name their field."""
+  where = '.'.join(map(str, error['loc']))
+  words = error['msg'].removeprefix('Value error, ')
+  return f'{where}: {words}' if where else words

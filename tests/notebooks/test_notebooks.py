@@ -4,6 +4,7 @@
 import ast
 import base64
 import io
+import json
 import os
 from pathlib import Path
 import shutil
@@ -89,13 +90,36 @@ def test_what_is_committed_is_a_text_to_read(path):
   assert len(parameters(notebook)) >= (path.stem in SMALLER)
 
 
-@pytest.mark.parametrize('path', NOTEBOOKS, ids=lambda path: path.stem)
-def test_it_runs_and_shows_what_it_draws(path, request, tmp_path):
+def one_family(folder: Path) -> str:
+  """A table of a reader's: one family, binary, and no configuration twice."""
+  table = (ROOT / 'experiments' / 'grid_runs.jsonl').read_text()
+  rows = [json.loads(line) for line in table.splitlines()]
+  file = folder / 'mine.jsonl'
+  file.write_text(
+    '\n'.join(
+      json.dumps(row | {'family': 'binary'})
+      for row in rows
+      if row['family'] == 'ternary' and row['seed'] == 0
+    )
+  )
+  return str(file)
+
+
+CASES = [(path, {}) for path in NOTEBOOKS] + [
+  (ROOT / 'notebooks' / 'scaling_law.ipynb', {'TABLE': one_family})
+]
+
+
+@pytest.mark.parametrize(('path', 'more'), CASES, ids=(
+  lambda each: each.stem if isinstance(each, Path) else '_'.join(each)
+))  # fmt: skip
+def test_it_runs_and_shows_what_it_draws(path, more, request, tmp_path):
   if path.stem in NEEDS_KERNELS and library.why_missing() is not None:
     pytest.skip('there are no C++ kernels')
   notebook = nbformat.read(path, as_version=4)
   for n in parameters(notebook):
     values = smaller(path.stem, request, tmp_path)
+    values |= {name: of(tmp_path) for name, of in more.items()}
     assert values.keys() <= assigned(notebook.cells[n].source)
     lines = [f'{name} = {value!r}' for name, value in values.items()]
     notebook.cells.insert(n + 1, nbformat.v4.new_code_cell('\n'.join(lines)))

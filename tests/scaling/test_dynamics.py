@@ -126,8 +126,8 @@ def test_curves_without_a_deceleration_are_refused():
   line = 20 * steps**-0.2
   with pytest.raises(NoBreakError, match='from 110 to 4000: too few to show'):
     deceleration.fit(steps[:4000], line[:4000])
-  with pytest.raises(NoBreakError, match='too few .* or give another guess'):
-    deceleration.fit(steps[:0], line[:0])
+  with pytest.raises(NoBreakError, match='no steps kept after curve.after=10'):
+    deceleration.fit(steps[:100], line[:100])
   short = Curve(guess=1000)
   x = kept(5000)
   for seed in range(10):
@@ -250,6 +250,30 @@ def test_a_run_too_short_is_reported_without_a_law(tmp_path):
   assert 'none: 140 of the steps' in report.text(run)
   written = report.write({'a': run}, tmp_path / 'out')
   assert json.loads(written[0].read_text())['a']['deceleration'] is None
+
+
+def test_without_a_step_kept_there_is_no_curve_to_draw(tmp_path):
+  run = files.read(folder_of(tmp_path / 'run'), Curve(after=9000))
+  assert 'none: no steps kept after curve.after=9000:' in report.text(run)
+  out = tmp_path / 'out'
+  out.mkdir()
+  (out / 'deceleration.png').write_text('of another call')
+  report.write({'a': run}, out)
+  assert sorted(path.name for path in out.iterdir()) == [
+    'dynamics.json', 'interference.png', 'interference.svg',
+  ]  # fmt: skip
+
+
+def test_an_update_of_nothing_says_nothing(tmp_path):
+  """As with a learning rate of 0; losses may differ by rounding."""
+  still = {
+    n: np.zeros(k, np.float32) for n, k in (('update', 50), ('predicted', 16))
+  }
+  run = files.read(folder_of(tmp_path / 'run', step=still), Curve(guess=800))
+  (last,) = run.checkpoints[-1:]
+  assert last.one_step is None and np.isnan(last.correlation)
+  report.write({'a': run}, tmp_path / 'out')
+  assert 'nan' not in report.text(run)
 
 
 NAN, ONES = np.full(32, np.nan, np.float32), np.ones(20, np.float32)

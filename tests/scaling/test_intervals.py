@@ -11,7 +11,7 @@ from tests.scaling.test_fit import D as TOKENS
 from tests.scaling.test_fit import N as PARAMETERS
 from tritera_jax.scaling import checks, fit, intervals, laws
 from tritera_jax.scaling.fit import SQUARES
-from tritera_jax.scaling.points import Points
+from tritera_jax.scaling.points import Points, seed_noise
 
 SIZES = np.geomspace(1e8, 4e9, 8)
 
@@ -184,6 +184,23 @@ def test_lack_of_fit_tells_a_wrong_law_from_noise():
   wrong = checks.lack_of_fit(fit.power_law(twice))
   assert wrong is not None and wrong.p < 1e-6
   assert checks.lack_of_fit(fit.chinchilla(noisy(TRILM))) is None
+
+
+def test_lack_of_fit_is_the_f_test_of_the_textbook():
+  """On a Huber fit too: SS about least squares less SS of pairs, by hand."""
+  first, second = noisy(TRILM, 0), noisy(TRILM, 1)
+  twice = first.and_then(second)
+  squares = fit.chinchilla(twice, delta=SQUARES)
+  pure = np.sum((np.log(first.losses) - np.log(second.losses)) ** 2) / 2
+  about = np.sum(squares.residuals**2) - pure
+  found = checks.lack_of_fit(fit.chinchilla(twice, delta=1e-3))
+  assert found is not None and found.degrees == (40 - 5 - 20, 20)
+  assert found.ratio == pytest.approx(about / 15 / (pure / 20), rel=1e-6)
+  assert found.p == pytest.approx(stats.f.sf(found.ratio, 15, 20))
+  # Seeds of other runs are all that one without repeats has.
+  alone = fit.chinchilla(first)
+  pooled = checks.lack_of_fit(alone, seed_noise(twice))
+  assert pooled is not None and pooled.degrees == (15, 20)
 
 
 def test_the_ends_of_gamma_are_where_scipys_squares_have_risen():

@@ -4,7 +4,7 @@ import re
 import numpy as np
 import pytest
 
-from tritera_jax.scaling import laws, plan
+from tritera_jax.scaling import families, laws, plan
 from tritera_jax.scaling.costs import Growth, Serving, Shapes
 
 TRILM, FLOATLM = laws.TRILM_SPECTRA_1_1, laws.FLOATLM_SPECTRA_1_1
@@ -90,6 +90,14 @@ def test_budgets_are_kept_together_as_brute_force_finds(law):
     assert choice.tokens.estimate == pytest.approx(D, rel=0.1)
 
 
+@pytest.mark.filterwarnings('error')
+def test_all_parameters_counted_no_model_is_of_embeddings_alone():
+  shapes = Shapes('all', Growth(2e4, 0.45), 6.0, 3.0)
+  tiny = one(TRILM, plan.Budget(training_flops=1e9), shapes)
+  assert shapes.smallest == 20_001 <= tiny.parameters.estimate
+  assert tiny.training_flops == pytest.approx(1e9)
+
+
 def test_gpu_days_are_flops():
   # 10 days of 989e12 FLOP/s at 40 %: 10 * 86400 * 989e12 * 0.4 = 3.418e20.
   days = plan.Budget(gpu_days=10.0, gpu_flops_per_second=989e12, mfu=0.4)
@@ -127,6 +135,22 @@ def test_what_lies_beyond_the_runs_is_told():
   assert inside.beyond(9.9e6, 3e11) == pytest.approx(10.0)
 
 
+def test_a_corner_that_no_run_reaches_is_beyond_the_runs():
+  # The committed grid's shape: the largest D for the two smallest N alone.
+  sizes, budgets = np.array([36e3, 106e3, 332e3, 1.08e6]), (0.5e6, 4.2e6)
+  N, D = (each.ravel() for each in np.meshgrid(sizes, budgets))
+  N, D = np.append(N, sizes[:2]), np.append(D, [11.9e6, 11.9e6])
+  some = plan.Fitted(TRILM, (), N, D)
+  assert some.beyond(106e3, 11.9e6) == some.beyond(1.08e6, 4.2e6) == 1.0
+  # To 4.2e6 tokens or to 106e3 parameters, whichever is nearer.
+  assert some.beyond(1.08e6, 11.9e6) == pytest.approx(11.9 / 4.2)
+  assert some.beyond(300e3, 11.9e6) == pytest.approx(300 / 106)
+  assert some.beyond(110e3, 11.9e6) == pytest.approx(110 / 106)
+  assert some.largest(PLAIN) == (1.08e6, 4.2e6)
+  assert families.common_tokens([some]) == 4.2e6
+  np.testing.assert_allclose(some.beyond(N, D), 1.0)
+
+
 @pytest.mark.parametrize(
   ('fields', 'message'),
   [
@@ -144,11 +168,26 @@ def test_budgets_without_sense_are_refused(fields, message):
 
 
 def test_a_budget_too_small_for_any_model_is_refused():
-  with pytest.raises(ValueError, match=re.escape('no ternary model is so')):
+  with pytest.raises(
+    ValueError,
+    match=re.escape('no ternary model is so small as served_bytes=0.1'),
+  ):
     one(TRILM, plan.Budget(tokens=1e9, served_bytes=0.1))
 
 
-@pytest.mark.parametrize('fields', [{}, {'served_bytes': 1e9}, {'tokens': 1e9}])
+def test_a_family_with_no_model_so_small_is_left_out():
+  # Ten bytes are 50 ternary weights; half of one float weight takes one.
+  both = {'float': fitted(FLOATLM), 'ternary': fitted(TRILM)}
+  (choice,) = plan.best(both, plan.Budget(tokens=1e9, served_bytes=1.5), PLAIN)
+  assert (choice.family, choice.wins) == ('ternary', 1.0)
+
+
+@pytest.mark.parametrize('fields', [{'served_bytes': 1e9}, {'tokens': 1e9}])
 def test_budgets_without_a_bound_are_refused(fields):
   with pytest.raises(ValueError, match='else N or D has no bound'):
-    one(TRILM, plan.Budget(**fields))
+    plan.Budget(**fields)
+
+
+def test_no_budget_at_all_plans_nothing():
+  with pytest.raises(ValueError, match='else N or D has no bound'):
+    one(TRILM, plan.Budget())

@@ -37,6 +37,55 @@ def test_n_is_counted_as_named():
     whole.and_then(inner)
 
 
+def run(name='a', **fields) -> Run:
+  return Run(**{
+    'name': name, 'family': 'ternary', 'parameters': 300, 'tokens': 7,
+    'seed': 0, 'parameters_without_embeddings': 100, 'bits': 1.0, 'flops': 1.0,
+    'held_out_loss': 3.0, 'bits_per_byte': 1.0, 'seconds': 1.0, **fields,
+  })  # fmt: skip
+
+
+def test_the_same_cell_under_another_name_is_refused():
+  with pytest.raises(
+    ValueError,
+    match="runs 'a' and 'b' are the same cell: ternary, parameters=300, "
+    'tokens=7, seed=0; leave one out',
+  ):
+    Points.of_runs([run(), run('b', held_out_loss=3.1)], 'all')
+  for other in (
+    {'seed': 1}, {'family': 'float'}, {'tokens': 8}, {'parameters': 301},
+    {'parameters_without_embeddings': 99},
+  ):  # fmt: skip
+    assert len(Points.of_runs([run(), run('b', **other)], 'all')) == 2
+
+
+def test_losses_of_other_text_are_refused():
+  unsaid, mine = run('old', seed=1), run(held_out='abc-def')
+  alike = run('b', seed=2, held_out='abc-def')
+  assert len(Points.of_runs([unsaid, mine, alike], 'all')) == 3
+  with pytest.raises(
+    ValueError, match="run 'c' was scored on held_out=abc-xyz, 'a' on abc-def"
+  ):
+    Points.of_runs([unsaid, mine, run('c', seed=3, held_out='abc-xyz')], 'all')
+
+
+def test_more_parameters_without_embeddings_than_with_are_refused():
+  with pytest.raises(ValueError, match='embeddings=301 of a must be <= param'):
+    run(parameters_without_embeddings=301)
+
+
+def test_copies_say_nothing_of_noise():
+  some = [run('a'), run('b', seed=1)]  # the same loss to the digit
+  assert seed_noise(Points.of_runs(some, 'all')) is None
+  one = Points.of_runs([run()], 'all')
+  other = Points.of_runs([run(held_out_loss=3.3)], 'all')
+  assert seed_noise(one.and_then(other)) is None  # one seed
+  third = Points.of_runs([run(seed=1, held_out_loss=3.3)], 'all')
+  noise = seed_noise(one.and_then(other).and_then(third))
+  assert noise is not None and noise.degrees == 1
+  assert noise.relative == pytest.approx(np.log(1.1) / 2**0.5)
+
+
 def test_seed_noise_is_pooled_over_cells_with_repeats():
   """By hand: log losses 0.01 apart twice, and three at 0, 0.01 and 0.02."""
   logs = [0, 0.01, 0, 0.01, 0.02, 5]

@@ -7,6 +7,7 @@ normal; FLOPs are 6 for each weight that multiplies. Three seeds at one cell of
 each family. Two binary runs allow no law.
 """
 
+import dataclasses
 import json
 import re
 
@@ -14,8 +15,9 @@ import numpy as np
 import pytest
 
 from tritera_jax import cli
-from tritera_jax.scaling import laws, runs
-from tritera_jax.scaling.report import publish
+from tritera_jax.scaling import laws, plan, runs
+from tritera_jax.scaling.report import analysis as analysis_lib
+from tritera_jax.scaling.report import publish, text
 from tritera_jax.scaling.report.analysis import Options
 from tritera_jax.scaling.runs import Run
 
@@ -132,23 +134,40 @@ def test_noise_and_refusals_are_told(written, constants):
   noise = constants['seed_noise_of_log_loss']
   assert noise['degrees'] == 4 and 1.5e-4 < noise['relative'] < 1e-3
   assert '2 runs for a law of 5 constants' in constants['refused']['binary']
-  assert 'Not fitted: binary.' in (written[0] / 'report.md').read_text()
+  said = (written[0] / 'report.md').read_text()
+  assert 'Not fitted: binary.' in said
+  assert '## In short\n\n* No law of binary: 2 runs for a law of 5' in said
+  assert 'With two families gamma is one free number' in said
 
 
-def test_the_digest_is_the_table_s_whatever_its_order(
+def test_the_order_and_the_files_of_rows_change_nothing(
   written, constants, tmp_path, monkeypatch
 ):
-  _, analysis = written
-  monkeypatch.setattr(publish.analysis_lib, 'analyse', lambda *_: analysis)
   monkeypatch.setattr(publish, '_figures', lambda _: [])
-  rows = table()[::-1]
+  rows = [table()[n] for n in np.random.default_rng(1).permutation(46)]
   for name, part in (('a', rows[:20]), ('b', rows[20:])):
     (tmp_path / name).mkdir()
     runs.write(tmp_path / name, part)
   places = [tmp_path / 'a', tmp_path / 'b' / 'runs.jsonl']
-  publish.write(places, tmp_path / 'report')
+  analysis = publish.write(places, tmp_path / 'report', Options(draws=60))
+  assert [run.name for run in analysis.runs] != [run.name for run in rows]
   again = json.loads((tmp_path / 'report' / 'constants.json').read_text())
   assert again == constants
+
+
+def test_families_are_drawn_independently():
+  """The same runs under another family: one seed would draw them alike."""
+  mine = [run for run in table() if run.family == 'ternary']
+  twins = [
+    dataclasses.replace(run, name=f'twin_{run.name}', family='float')
+    for run in mine
+  ]
+  found = analysis_lib.analyse(mine + twins, Options(draws=60))
+  ternary, floats = (
+    [law.alpha for law in found.families[name].draws]
+    for name in ('ternary', 'float')
+  )
+  assert abs(np.corrcoef(ternary, floats)[0, 1]) < 0.5
 
 
 def test_a_report_is_replaced_whole_and_nothing_else_is(
@@ -182,6 +201,39 @@ def test_a_report_is_replaced_whole_and_nothing_else_is(
   assert (mine / 'constants.json').read_text() == '{"pi": 3}'
 
 
+def test_the_loss_is_told_and_what_another_says():
+  rows = [run for run in table() if run.family != 'binary']
+  found = analysis_lib.analyse(rows, Options(delta=2e-5, draws=20))
+  for family, law in TRUTH.items():
+    alpha = found.by_squares[family]['alpha']
+    assert alpha.estimate == pytest.approx(law.alpha, rel=0.1)
+  said = text.report(found, 'f' * 64)
+  assert "by Huber's loss with delta = 2e-05." in said
+  assert "far above Huber's delta = 2e-05" in said
+  assert said.count('By least squares they cross at') == 1  # at equal bytes
+  # Of experiments/recovery.py.
+  assert 'the former held 90.5 to 93 % and the latter 94.5 to 97 %' in said
+
+
+def test_resampled_residuals_are_warned_of(written):
+  _, analysis = written
+  narrow = Options(resample='residuals')
+  said = text.report(dataclasses.replace(analysis, options=narrow), 'f' * 64)
+  assert '80.5 to 87.5 %' in said and 'Beware: resample=residuals' in said
+  assert not Options(resample='residuals', delta=float('inf')).warning
+
+
+@pytest.mark.parametrize(('fields', 'message'), [
+  ({'draws': 0}, 'draws=0 must be at least 20'),
+  ({'draws': 19}, 'draws=19 must be'),
+  ({'seed': -1}, 'seed=-1 must be >= 0'),
+  ({'delta': -1.0}, 'delta=-1.0 must be > 0; inf is least squares$'),
+])  # fmt: skip
+def test_options_without_sense_are_refused(fields, message):
+  with pytest.raises(ValueError, match=message):
+    Options(**fields)
+
+
 def test_tables_that_allow_no_law_are_refused_in_words(tmp_path, capsys):
   runs.write(tmp_path, table()[:4])
   out = tmp_path / 'report'
@@ -194,3 +246,29 @@ def test_tables_that_allow_no_law_are_refused_in_words(tmp_path, capsys):
   error = capsys.readouterr().err
   assert error.startswith('tritera scaling: no law can be fitted: ternary: 4 ')
   assert not out.exists()
+  with pytest.raises(SystemExit, match='2'):
+    cli.main(['scaling', '--out', str(out)])
+  assert 'usage: tritera scaling RUNS' in capsys.readouterr().err
+  command = ['scaling', str(tmp_path), '--out', str(out)]
+  with pytest.raises(SystemExit, match='2'):
+    cli.main([*command, '--budget.served-bytes', '9'])
+  assert 'N or D has no bound' in capsys.readouterr().err
+
+
+def test_one_family_alone_has_no_picture_of_two(tmp_path):
+  runs.write(tmp_path, [run for run in table() if run.family == 'ternary'])
+  out = tmp_path / 'report'
+  publish.write([tmp_path], out, Options(draws=20))
+  said = (out / 'report.md').read_text()
+  assert 'nothing to compare' in said and 'gamma is one' not in said
+  assert len(list(out.glob('*.png'))) == len(re.findall(r'!\[', said)) == 4
+
+
+def test_a_budget_too_small_is_a_line_of_the_plan():
+  rows = [run for run in table() if run.family != 'binary']
+  budget = plan.Budget(tokens=1e9, served_bytes=0.1)
+  found = analysis_lib.analyse(rows, Options(draws=20), budget=budget)
+  said = text.report(found, 'f' * 64)
+  assert '(tokens 1e+09, served_bytes 0.1): no ternary model is so ' in said
+  refused = publish.constants(found, 'f' * 64)['plans'][-1]['refused']
+  assert refused.endswith('no float model is so small as served_bytes=0.1')

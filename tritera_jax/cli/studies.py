@@ -3,6 +3,7 @@
 
 import functools
 from pathlib import Path
+import sys
 from typing import Annotated
 
 import tqdm
@@ -96,12 +97,17 @@ def scaling(args: list[str]):
     """Fits scaling laws to finished runs and says how far to trust them.
 
     Args:
-      runs: tables, runs.jsonl or folders with one.
+      runs: tables, runs.jsonl or folders with one; at least one.
       options: how they are analysed.
       serving: what serving is assumed to take.
       budget: one more to plan for.
       out: folder for report.md, constants.json and pictures.
     """
+    if not runs:
+      print('usage: tritera scaling RUNS [RUNS ...] --out OUT', file=sys.stderr)
+      raise SystemExit(2)
+    if options.warning:
+      print(f'tritera scaling: {options.warning}', file=sys.stderr)
     publish.write(runs, out, options, serving, budget)
     print(out / 'report.md')
 

@@ -12,7 +12,7 @@ from tritera_jax.scaling import intervals
 from tritera_jax.scaling.fit import Fit
 from tritera_jax.scaling.intervals import Interval
 from tritera_jax.scaling.minimize import Array
-from tritera_jax.scaling.points import Points, seed_noise
+from tritera_jax.scaling.points import Noise, Points, seed_noise
 
 
 @dataclasses.dataclass(frozen=True)
@@ -119,22 +119,34 @@ class LackOfFit:
   Attributes:
     ratio: variance of cells about the law over that of seeds in a cell.
     p: probability of a larger ratio were the law true.
+    degrees: of freedom, of cells about the law and of seeds.
   """
 
   ratio: float
   p: float
+  degrees: tuple[int, int]
 
 
-def lack_of_fit(fit: Fit) -> LackOfFit | None:
+def lack_of_fit(fit: Fit, seeds: Noise | None = None) -> LackOfFit | None:
   """F test against repeats (Draper and Smith, Applied Regression Analysis).
 
-  None where no configuration was run with two seeds.
+  It is a test of least squares, which the runs are fitted by anew for it.
+
+  Args:
+    fit: of a law.
+    seeds: noise pooled over other runs too (default: over the fit's).
+
+  Returns:
+    None where no configuration was run with two seeds, or none is over.
   """
-  seeds = seed_noise(fit.points)
-  if seeds is None or seeds.degrees >= fit.degrees:
+  own = seed_noise(fit.points)
+  seeds = seeds or own
+  repeats = own.degrees if own else 0
+  if seeds is None or repeats >= fit.degrees:
     return None
-  pure = seeds.degrees * seeds.relative**2
-  degrees = fit.degrees - seeds.degrees
-  ratio = (np.sum(fit.residuals**2) - pure) / degrees / seeds.relative**2
+  squares = fit_lib.again(fit, fit.points, fit_lib.SQUARES)
+  pure = own.degrees * own.relative**2 if own else 0.0
+  degrees = fit.degrees - repeats
+  ratio = (np.sum(squares.residuals**2) - pure) / degrees / seeds.relative**2
   p = stats.f.sf(ratio, degrees, seeds.degrees)
-  return LackOfFit(float(ratio), float(p))
+  return LackOfFit(float(ratio), float(p), (degrees, seeds.degrees))

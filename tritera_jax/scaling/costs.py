@@ -97,6 +97,11 @@ class Shapes:
     return _BODY + extra
 
   @property
+  def smallest(self) -> float:
+    """N at the start of the table: one parameter besides embeddings."""
+    return float(self._counted[0])
+
+  @property
   def largest(self) -> float:
     """N at the end of the table."""
     return float(self._counted[-1])

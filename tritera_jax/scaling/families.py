@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Ternary against float: at equal parameters, and at equal bytes served."""
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 import dataclasses
 import functools
 
@@ -80,7 +80,7 @@ class Row:
     at: the number.
     losses: nats a token, by family.
     wins: share of draws in which the first has the lower loss.
-    beyond: how many times outside the fitted range the further family is.
+    beyond: how many times outside the runs the further family is.
   """
 
   at: float
@@ -102,6 +102,15 @@ class Compared:
   crossing: Crossing
 
 
+def common_tokens(families: Iterable[Fitted]) -> float:
+  """The most tokens that a run of every size of every family has seen."""
+  return min(
+    float(np.max(np.asarray(each.tokens)[np.asarray(each.parameters) == N]))
+    for each in families
+    for N in np.unique(each.parameters)
+  )
+
+
 def compare(
   pair: Mapping[str, Fitted], shapes: Shapes, serving: Serving, tokens: float
 ) -> dict[str, Compared]:
@@ -113,10 +122,8 @@ def compare(
   compared = {}
   for what in ('parameters', 'bytes'):
     costs = {name: functools.partial(cost, what, name) for name in pair}
-    low = max(float(costs[n](f.parameters[0])) for n, f in pair.items())
-    high = FURTHEST * min(
-      float(costs[n](f.parameters[1])) for n, f in pair.items()
-    )
+    low = max(float(costs[n](f.sizes[0])) for n, f in pair.items())
+    high = FURTHEST * min(float(costs[n](f.sizes[1])) for n, f in pair.items())
     grid = np.geomspace(low, high, 200 * (_ROWS - 1) + 1)
     sizes = {
       name: np.asarray(shapes.invert(costs[name], grid)) for name in pair
@@ -130,7 +137,7 @@ def compare(
           float(grid[k]),
           {name: interval(table[:, k]) for name, table in losses.items()},
           float(won[k]),
-          max(pair[name].beyond(sizes[name][k], tokens) for name in pair),
+          max(float(pair[n].beyond(sizes[n][k], tokens)) for n in pair),
         )
         for k in range(0, len(grid), 200)
       ],

@@ -147,9 +147,11 @@ def in_bits(points: Points, *, delta: float = 1e-3) -> Fit:
   return _fit('bits', points, _CONSTANTS['bits'], delta)
 
 
-def again(fit: Fit, points: Points) -> Fit:
-  """The same kind of fit to other points; raises as it did."""
-  return _fit(fit.kind, points, fit.shared, fit.delta)
+def again(fit: Fit, points: Points, delta: float | None = None) -> Fit:
+  """The same kind of fit to other points, or by another loss; raises alike."""
+  return _fit(
+    fit.kind, points, fit.shared, fit.delta if delta is None else delta
+  )
 
 
 def refit(fit: Fit, losses_KR: Array, weights_KR: Array | None = None) -> Array:
@@ -225,7 +227,7 @@ def _fit(
   if unknown := set(shared) - set(names):
     raise ValueError(f'shared={sorted(unknown)}: constants are {names}')
   if not delta > 0:
-    raise ValueError(f'delta={delta} must be > 0 (SQUARES for least squares)')
+    raise ValueError(f'delta={delta} must be > 0; inf is least squares')
   tokens = 'B' in names
   own = [name for name in names if name not in shared]
   families = list(dict.fromkeys(points.families))

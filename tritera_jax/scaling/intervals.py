@@ -16,7 +16,7 @@ chapter 7). A constant that the runs do not bound has an end at 0 or inf.
 experiments/recovery.py counts how often each kind of interval here covers.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 import dataclasses
 from typing import Literal
 
@@ -195,7 +195,7 @@ def bootstrap(
   fit: Fit,
   *,
   draws: int,
-  seed: int,
+  seed: int | Sequence[int],
   resample: Literal['runs', 'residuals'] = 'runs',
 ) -> Array:
   """Constants (draws, P), in the fit's units, of refits to resampled runs.

@@ -2,7 +2,8 @@
 """What a fitted law says to train next, and how far it can be trusted.
 
 A law is a callable L(N, D) in nats a token; intervals come from draws of it,
-such as a bootstrap's. Draws with one index belong together across families.
+such as a bootstrap's. What compares families takes one draw of each at a time,
+by its index: draw families independently of one another.
 """
 
 from collections.abc import Callable, Mapping, Sequence
@@ -45,26 +46,41 @@ class Fitted:
   Attributes:
     law: of the best fit.
     draws: laws that the runs would as well allow.
-    parameters: smallest and largest N fitted to.
-    tokens: smallest and largest D fitted to.
+    parameters: N of each run (R).
+    tokens: D of each run (R).
   """
 
   law: Law
   draws: Sequence[Law]
-  parameters: tuple[float, float]
-  tokens: tuple[float, float]
+  parameters: Numbers
+  tokens: Numbers
 
-  def beyond(self, parameters: float, tokens: float) -> float:
-    """How many times outside the fitted range, the worse of N and D; 1: in."""
-    return float(
-      max(
-        1.0,
-        self.parameters[0] / parameters,
-        parameters / self.parameters[1],
-        self.tokens[0] / tokens,
-        tokens / self.tokens[1],
-      )
-    )
+  def beyond(self, parameters: Numbers, tokens: Numbers) -> Any:
+    """How many times outside the runs N and D are; 1: within.
+
+    Within are those that have a run of no less N and no less D, and one of no
+    more of both.
+    """
+    N = np.log(self.parameters) - np.log(parameters)[..., None]
+    D = np.log(self.tokens) - np.log(tokens)[..., None]
+    below, above = np.maximum(N, D).min(-1), np.maximum(-N, -D).min(-1)
+    return np.exp(np.maximum(np.maximum(below, above), 0))
+
+  @property
+  def sizes(self) -> tuple[float, float]:
+    """The smallest and the largest N fitted to."""
+    return float(np.min(self.parameters)), float(np.max(self.parameters))
+
+  @property
+  def budgets(self) -> tuple[float, float]:
+    """The least and the most D fitted to."""
+    return float(np.min(self.tokens)), float(np.max(self.tokens))
+
+  def largest(self, shapes: Shapes) -> tuple[float, float]:
+    """N and D of the run that most FLOPs trained."""
+    N, D = np.asarray(self.parameters, float), np.asarray(self.tokens, float)
+    at = np.argmax(shapes.flops_per_token(N) * D)
+    return float(N[at]), float(D[at])
 
   def table(self, parameters: Numbers, tokens: Numbers) -> Array:
     """Losses at points (X,): those of the law, then of each draw (1 + K, X)."""
@@ -117,6 +133,18 @@ class Budget:
         ' are the same limit twice: give one'
       )
 
+    if any(value is not None for value in vars(self).values()):
+      self.refuse_without_bound()
+
+  def refuse_without_bound(self):
+    """Raises a ValueError where N or D may be whatever it likes."""
+    serves = (self.served_bytes, self.joules_per_token) != (None, None)
+    if self.flops == np.inf and not (serves and self.tokens):
+      raise ValueError(
+        'a budget needs training_flops or gpu_days, or tokens with '
+        'served_bytes or joules_per_token: else N or D has no bound'
+      )
+
   @property
   def flops(self) -> float:
     """Of training; inf without a limit."""
@@ -138,7 +166,7 @@ class Choice:
     training_flops: of the best fit's N and D.
     served_bytes: of its weights.
     joules_per_token: of serving it.
-    beyond: how many times outside the fitted range it is; 1: within.
+    beyond: how many times outside the runs it is; 1: within.
     wins: share of the draws in which no family has a lower loss.
   """
 
@@ -161,25 +189,28 @@ def best(
 ) -> list[Choice]:
   """The best model of each family within a budget, the best family first.
 
+  A family that has no model so small is left out.
+
   Raises:
-    ValueError: the budget leaves N or D without a bound, or no model is so
-      small.
+    ValueError: the budget leaves N or D without a bound, or no family has a
+      model so small.
   """
-  serves = (budget.served_bytes, budget.joules_per_token) != (None, None)
-  if budget.flops == np.inf and not (serves and budget.tokens):
-    raise ValueError(
-      'a budget needs training_flops or gpu_days, or tokens with '
-      'served_bytes or joules_per_token: else N or D has no bound'
-    )
-  found = {}
+  budget.refuse_without_bound()
+  found, refused = {}, []
   for family, fitted in families.items():
-    largest = _largest(family, budget, shapes, serving)
+    try:
+      largest = _largest(family, budget, shapes, serving)
+    except ValueError as error:
+      refused.append(str(error))
+      continue
     found[family] = np.array(
       [
         np.ravel(_best(law, largest, budget.flops, budget.tokens, shapes))
         for law in (fitted.law, *fitted.draws)
       ]
     ).T
+  if not found:
+    raise ValueError('; '.join(refused))
   count = min(each.shape[1] for each in found.values())
   least = np.min([each[2, :count] for each in found.values()], axis=0)
   choices = []
@@ -195,7 +226,7 @@ def best(
         float(D[0] * shapes.flops_per_token(N[0])),
         float(serving.bytes(family, shapes, N[0])),
         float(serving.joules_per_token(family, shapes, N[0])),
-        families[family].beyond(N[0], D[0]),
+        float(families[family].beyond(N[0], D[0])),
         float(np.mean(won)),
       )
     )
@@ -224,8 +255,13 @@ def _largest(
     if limit is not None:
       of_size = functools.partial(cost, family, shapes)
       limits.append(float(shapes.invert(of_size, limit)))
-  if min(limits) < 1:
-    raise ValueError(f'no {family} model is so small: {budget}')
+  if min(limits) < shapes.smallest:
+    asked = ' and '.join(
+      f'{field}={getattr(budget, field):g}'
+      for field in ('served_bytes', 'joules_per_token')
+      if getattr(budget, field) is not None
+    )
+    raise ValueError(f'no {family} model is so small as {asked}')
   return min(limits)
 
 
@@ -241,7 +277,7 @@ def _best(
   By grids of log N, each finer than the last: to 1e-6 of its range.
   """
   flops = np.reshape(flops, (-1, 1))
-  low = np.zeros_like(flops, float)
+  low = np.full_like(flops, np.log(shapes.smallest), float)
   high = np.full_like(low, np.log(largest))
   for _ in range(5):
     N = np.exp(low + np.linspace(0, 1, 49) * (high - low))

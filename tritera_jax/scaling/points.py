@@ -22,6 +22,7 @@ class Points:
     tokens: D, in ones; NaN where nobody said.
     losses: nats a token.
     counted: the parameters that are N.
+    seeds: of runs; None where nobody said.
   """
 
   names: tuple[str, ...]
@@ -30,6 +31,7 @@ class Points:
   tokens: NDArray[np.float64]
   losses: NDArray[np.float64]
   counted: Counted
+  seeds: tuple[int | None, ...]
 
   def __post_init__(self):
     for field in ('parameters', 'tokens', 'losses'):
@@ -46,8 +48,14 @@ class Points:
 
   @classmethod
   def of_runs(cls, runs: Iterable[Run], counted: Counted) -> 'Points':
-    """Final held-out losses of runs."""
+    """Final held-out losses of runs.
+
+    Raises:
+      ValueError: two are of one cell and seed, or scored on other text.
+    """
     runs = list(runs)
+    _refuse_copies(runs)
+    _refuse_other_text(runs)
     field = {
       'all': 'parameters',
       'without_embeddings': 'parameters_without_embeddings',
@@ -59,6 +67,7 @@ class Points:
       np.array([run.tokens for run in runs], float),
       np.array([run.held_out_loss for run in runs], float),
       counted,
+      tuple(run.seed for run in runs),
     )
 
   @classmethod
@@ -76,7 +85,8 @@ class Points:
       )
     )
     names = tuple(f'{family}_{n}' for n in range(len(loss_R)))
-    return cls(names, (family,) * len(loss_R), N_R, D_R, loss_R, counted)
+    R = len(loss_R)
+    return cls(names, (family,) * R, N_R, D_R, loss_R, counted, (None,) * R)
 
   def take(self, keep: Sequence | np.ndarray) -> 'Points':
     """Those of a mask or of indices (R,)."""
@@ -88,6 +98,7 @@ class Points:
       parameters=self.parameters[index],
       tokens=self.tokens[index],
       losses=self.losses[index],
+      seeds=tuple(self.seeds[n] for n in index),
     )
 
   def and_then(self, more: 'Points') -> 'Points':
@@ -108,6 +119,7 @@ class Points:
       parameters=np.append(self.parameters, more.parameters),
       tokens=np.append(self.tokens, more.tokens),
       losses=np.append(self.losses, more.losses),
+      seeds=self.seeds + more.seeds,
     )
 
   def of_families(self, families: Collection[str]) -> 'Points':
@@ -129,19 +141,57 @@ class Noise:
 
 
 def seed_noise(points: Points) -> Noise | None:
-  """Pooled over runs that repeat a family, N and D; None where none does."""
-  cells: dict[tuple, list[float]] = {}
-  for family, *size, loss in zip(
-    points.families, points.parameters, points.tokens, points.losses,
-    strict=True,
+  """Pooled over runs that repeat a family, N and D with another seed.
+
+  None where none does. Losses equal to the last digit are copies, no repeats.
+  """
+  cells: dict[tuple, dict[int, float]] = {}
+  for n, (family, *size, loss, seed) in enumerate(
+    zip(
+      points.families, points.parameters, points.tokens, points.losses,
+      points.seeds, strict=True,
+    )
   ):  # fmt: skip
-    cells.setdefault((family, *size), []).append(float(np.log(loss)))
-  repeats = [cell for cell in cells.values() if len(cell) > 1]
+    # Where nobody said, each run has a seed of its own.
+    own = -1 - n if seed is None else seed
+    cells.setdefault((family, *size), {}).setdefault(own, float(np.log(loss)))
+  repeats = [
+    list(cell.values())
+    for cell in cells.values()
+    if len(set(cell.values())) > 1
+  ]
   degrees = sum(len(cell) - 1 for cell in repeats)
   if not degrees:
     return None
   squares = sum(len(cell) * np.var(cell) for cell in repeats)
   return Noise(float(np.sqrt(squares / degrees)), degrees)
+
+
+def _refuse_copies(runs: Sequence[Run]):
+  seen: dict[tuple, str] = {}
+  for run in runs:
+    cell = (
+      run.family, run.parameters, run.parameters_without_embeddings,
+      run.tokens, run.seed,
+    )  # fmt: skip
+    if (other := seen.setdefault(cell, run.name)) != run.name:
+      raise ValueError(
+        f'runs {other!r} and {run.name!r} are the same cell: {run.family}, '
+        f'parameters={run.parameters}, tokens={run.tokens}, seed={run.seed}; '
+        'leave one out'
+      )
+
+
+def _refuse_other_text(runs: Sequence[Run]):
+  """Losses on other held-out tokens, or of another tokenizer's."""
+  first = next((run for run in runs if run.held_out is not None), None)
+  for run in runs:
+    if first and run.held_out not in (None, first.held_out):
+      raise ValueError(
+        f'run {run.name!r} was scored on held_out={run.held_out}, '
+        f'{first.name!r} on {first.held_out}: other text or another tokenizer; '
+        'make a report of each'
+      )
 
 
 def refuse_what_no_law_fits(points: Points, constants: int, tokens: bool):

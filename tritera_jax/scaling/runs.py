@@ -10,6 +10,7 @@ import dataclasses
 import json
 from pathlib import Path
 from typing import Literal
+import uuid
 
 import pydantic
 
@@ -34,6 +35,8 @@ class Run:
     bits_per_byte: the same loss, in bits a byte of held-out text.
     seed: of initial parameters and of the order of data.
     seconds: that training took.
+    held_out: fingerprints of the tokenizer and of the held-out tokens; None
+      where nobody said.
   """
 
   name: str
@@ -47,6 +50,7 @@ class Run:
   bits_per_byte: float
   seed: int
   seconds: float
+  held_out: str | None = None
 
   def __post_init__(self):
     for field in (
@@ -56,6 +60,11 @@ class Run:
       value = getattr(self, field)
       if not 0 < value < float('inf'):
         raise ValueError(f'{field}={value} of {self.name} must be > 0')
+    if self.parameters_without_embeddings > self.parameters:
+      raise ValueError(
+        f'parameters_without_embeddings={self.parameters_without_embeddings} '
+        f'of {self.name} must be <= parameters={self.parameters}'
+      )
 
 
 _RUN = pydantic.TypeAdapter(Run)
@@ -66,8 +75,8 @@ def read(*places: str | Path) -> list[Run]:
 
   Raises:
     FileNotFoundError: there is no such table.
-    ValueError: a row is not as it should be, or two have one name: file and
-      line are named.
+    ValueError: a row is not as it should be, two have one name, or there is
+      none: file and line are named.
   """
   runs: dict[str, Run] = {}
   for place in places:
@@ -77,12 +86,27 @@ def read(*places: str | Path) -> list[Run]:
       raise FileNotFoundError(
         f'{file} is not there; `tritera sweep` writes {FILE} into its folder'
       )
-    for number, line in enumerate(file.read_text().splitlines(), start=1):
-      run = parse(line, f'{file}, line {number}')
+    before = len(runs)
+    for number, text in enumerate(_text(file).split('\n'), start=1):
+      if not text.strip():
+        continue
+      run = parse(text, f'{file}, line {number}')
       if run.name in runs:
         raise ValueError(f'{file}, line {number}: a second run {run.name!r}')
       runs[run.name] = run
+    if len(runs) == before:
+      raise ValueError(f'no runs in {file}: it takes a row for each')
   return list(runs.values())
+
+
+def _text(file: Path) -> str:
+  try:
+    return file.read_text(encoding='utf-8')
+  except UnicodeDecodeError as error:
+    raise ValueError(
+      f'{file} is not UTF-8 at byte {error.start}: give JSON lines, as '
+      '`tritera sweep` writes them'
+    ) from None
 
 
 def parse(text: str, source: str) -> Run:
@@ -91,10 +115,15 @@ def parse(text: str, source: str) -> Run:
 
 
 def write(folder: str | Path, runs: Iterable[Run]) -> Path:
-  """Makes `runs` the table of a folder."""
+  """Makes `runs` the table of a folder, at once: the last call's stands."""
   file = Path(folder) / FILE
-  partial = file.with_suffix('.partial')
-  partial.write_text(
-    ''.join(json.dumps(dataclasses.asdict(run)) + '\n' for run in runs)
-  )
-  return partial.rename(file)
+  # A name of its own: the tasks of a job array write the same table.
+  partial = file.with_name(f'{FILE}.{uuid.uuid4().hex}.partial')
+  partial.write_text(''.join(f'{line(run)}\n' for run in runs))
+  return partial.replace(file)
+
+
+def line(run: Run) -> str:
+  """A row as JSON; what nobody said is left out."""
+  fields = dataclasses.asdict(run)
+  return json.dumps({k: v for k, v in fields.items() if v is not None})

@@ -194,14 +194,19 @@ def fit(steps, losses, curve: Curve = Curve()) -> Deceleration:
 
 def fit_smoothed(steps, losses, curve: Curve = Curve()) -> Deceleration:
   """`fit` of what is smoothed and thinned already."""
+  if not len(steps):
+    raise NoBreakError(
+      f'no steps kept after curve.after={curve.after}: train longer, or give a '
+      'smaller one'
+    )
   x, y = np.log(steps), np.log(losses)
   after = int(np.count_nonzero(np.asarray(steps) > curve.guess))
   before = len(x) - after
   if min(before, after) < 5:
     raise NoBreakError(
       f'{before} of the steps kept come before curve.guess={curve.guess} and '
-      f'{after} after it, from {min(steps, default=0)} to '
-      f'{max(steps, default=0)}: too few to show a break there; train longer, '
+      f'{after} after it, from {min(steps)} to '
+      f'{max(steps)}: too few to show a break there; train longer, '
       'log every step, or give another guess'
     )
   at = int(np.argmin(np.abs(x - math.log(curve.guess))))

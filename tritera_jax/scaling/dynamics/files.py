@@ -56,7 +56,8 @@ class Checkpoint:
   Attributes:
     step: updates made.
     held_out_loss: nats a token.
-    one_step: of the losses, over the update that came next.
+    one_step: of the losses, over the update that came next; None where that
+      changed nothing, as with a learning rate of 0.
     doubling: of the losses, until twice the step; None if that is not there.
     gradient_D: mean of D_j over coordinates.
     histogram: coordinates by 1 - D_j, in hundredths.
@@ -66,7 +67,7 @@ class Checkpoint:
 
   step: int
   held_out_loss: float
-  one_step: Interference
+  one_step: Interference | None
   doubling: Interference | None
   gradient_D: float
   histogram: tuple[int, ...]
@@ -164,16 +165,17 @@ def _checkpoint(step: int, arrays: dict[str, np.ndarray]) -> Checkpoint:
   sums, absolutes = arrays['gradient_sums'], arrays['gradient_absolutes']
   predicted = arrays['predicted'].astype(np.float64)
   changes = arrays['losses_after'].astype(np.float64) - arrays['losses']
+  moved = bool(arrays['update'].any())
   gradients = interference.gradient_interference(sums, absolutes)
   return Checkpoint(
     step,
     float(arrays['losses'].mean(dtype=np.float64)),
-    interference.interference(changes),
+    interference.interference(changes) if moved else None,
     None,
     gradients.D,
     tuple(gradients.histogram.tolist()),
     interference.projections(sums, absolutes, arrays['update'], predicted),
-    _correlation(predicted, changes[: len(predicted)]),
+    _correlation(predicted, changes[: len(predicted)]) if moved else math.nan,
   )
 
 

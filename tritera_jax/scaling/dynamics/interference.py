@@ -87,7 +87,9 @@ def projections(sums, absolutes, update, predicted) -> Projections:
   each = (absolutes * np.abs(update)).sum()
   # Of both sums of all p the token's is what losses are compared with.
   whole = abs(predicted.sum())
-  with np.errstate(invalid='ignore'):  # without an update nothing is left
+  with np.errstate(
+    invalid='ignore', divide='ignore'
+  ):  # without an update nothing is left
     return Projections(
       *(
         float(np.float64(over) / under)

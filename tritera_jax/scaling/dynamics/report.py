@@ -30,10 +30,11 @@ def text(run: Dynamics) -> str:
   ]
   for c in run.checkpoints:
     D, M = ('', '') if c.doubling is None else c.doubling[:2]
+    D_one, M_one = ('', '') if c.one_step is None else c.one_step[:2]
     rows.append(
       f'{c.step:>8,} {c.held_out_loss:>10.4f}   '
       f'{_number(D, 6, 3)} {_number(M, 7, 4)}   '
-      f'{_number(c.one_step.D, 6, 3)} {_number(c.one_step.M, 8, 5)} '
+      f'{_number(D_one, 6, 3)} {_number(M_one, 8, 5)} '
       f'{_number(c.correlation, 6, 2)}   {_number(c.gradient_D, 6, 3)} '
       + ' '.join(_number(value, 6, 3) for value in c.projections)
     )
@@ -48,6 +49,8 @@ def _number(value: float | str, width: int, places: int) -> str:
 
 def write(runs: Mapping[str, Dynamics], out: str | Path) -> list[Path]:
   """Writes dynamics.json, and deceleration and interference as PNG and SVG.
+
+  Without deceleration, where no run has kept two steps.
 
   Args:
     runs: by the names that they are to have.
@@ -65,16 +68,25 @@ def write(runs: Mapping[str, Dynamics], out: str | Path) -> list[Path]:
   file.write_text(json.dumps(record, indent=2, allow_nan=False) + '\n')
   written = [file]
   with pictures.style():
-    figure = Figure()
-    _draw_losses(figure.subplots(), runs)
-    written += pictures.save(figure, out / 'deceleration')
+    if curves := {n: run for n, run in runs.items() if len(run.steps) > 1}:
+      figure = Figure()
+      _draw_losses(figure.subplots(), curves)
+      written += pictures.save(figure, out / 'deceleration')
+    else:  # no picture of another call stays
+      for suffix in ('.png', '.svg'):
+        (out / f'deceleration{suffix}').unlink(missing_ok=True)
     figure = Figure(figsize=(7.5, 4.9))
     _draw_interference(figure.subplots(2, 3), runs)
     figure.legend(
       handles=figure.axes[0].get_legend_handles_labels()[0],
-      loc='outside lower center',
-      ncols=2,
+      loc='outside lower left',
+      ncols=1 + (len(runs) > 1),
+      handlelength=4,
     )
+    figure.legend(
+      handles=_projection_lines(), loc='outside lower right', ncols=2,
+      handlelength=4, title='projections', title_fontsize=8,
+    )  # fmt: skip
     written += pictures.save(figure, out / 'interference')
   return written
 
@@ -146,8 +158,8 @@ def _loss_ticks(axis):
 def _draw_interference(grid, runs: Mapping[str, Dynamics]):
   (D, M, change), (gradients, histogram, projections) = grid
   panels = {
-    'until twice the step': (lambda c: c.doubling, '-'),
-    'by the next update': (lambda c: c.one_step, '--'),
+    'until twice the step': (lambda c: c.doubling, '-', None),
+    'by the next update': (lambda c: c.one_step, '--', 'white'),
   }
   for name, run in runs.items():
     colour, marker = (
@@ -155,7 +167,7 @@ def _draw_interference(grid, runs: Mapping[str, Dynamics]):
       pictures.MARKERS[run.family],
     )
     style: dict[str, Any] = {'color': colour, 'marker': marker, 'ms': 3}
-    for what, (of, line) in panels.items():
+    for what, (of, line, face) in panels.items():
       points = [(c.step, of(c)) for c in run.checkpoints if of(c) is not None]
       if not points:
         continue
@@ -166,7 +178,7 @@ def _draw_interference(grid, runs: Mapping[str, Dynamics]):
         (M, [v.M for v in values]),
         (change, [abs(v.change) for v in values]),
       ):
-        axes.plot(steps, y, ls=line, label=label, **style)
+        axes.plot(steps, y, ls=line, label=label, mfc=face, **style)
     steps = [c.step for c in run.checkpoints]
     gradients.plot(steps, [c.gradient_D for c in run.checkpoints], **style)
     for field, line in zip(Projections._fields, _LINES, strict=True):
@@ -189,16 +201,20 @@ def _draw_interference(grid, runs: Mapping[str, Dynamics]):
     axes.set(yscale='log')
   D.set(title='interference D of losses')
   M.set(title='magnitude M of changes (nats)')
-  change.set(title='change of the mean loss (nats)')
+  change.set(title='|mean change| (nats)')
   gradients.set(title='interference D of gradients')
   histogram.set(
     title='coordinates by $1 - D_j$', xlabel='$1 - D_j$', yscale='log',
     xlim=(0, None),
   )  # fmt: skip
   projections.set(title='projections on the update')
-  for field, line in zip(Projections._fields, _LINES, strict=True):
-    projections.plot([], [], color='0.3', ls=line, label=field)
   histogram.legend(fontsize=7)
-  projections.legend(
-    fontsize=7, ncols=2, handlelength=2.4, frameon=True, edgecolor='none'
-  )
+
+
+def _projection_lines() -> list[Any]:
+  from matplotlib.lines import Line2D
+
+  return [
+    Line2D([], [], color='0.3', lw=1.2, ls=line, label=field)
+    for field, line in zip(Projections._fields, _LINES, strict=True)
+  ]

@@ -4,6 +4,7 @@
 from collections.abc import Callable, Mapping, Sequence
 import dataclasses
 import functools
+import math
 from typing import Any, Literal
 
 import numpy as np
@@ -14,7 +15,7 @@ from tritera_jax.scaling import families as families_lib
 from tritera_jax.scaling import fit as fit_lib
 from tritera_jax.scaling.checks import HeldOut, LackOfFit, LeftOut
 from tritera_jax.scaling.costs import Serving, Shapes
-from tritera_jax.scaling.families import Compared
+from tritera_jax.scaling.families import Compared, Crossing
 from tritera_jax.scaling.fit import Fit
 from tritera_jax.scaling.intervals import Interval
 from tritera_jax.scaling.laws import Counted
@@ -23,6 +24,8 @@ from tritera_jax.scaling.points import Noise, Points, seed_noise
 from tritera_jax.scaling.readings import Readings
 from tritera_jax.scaling.runs import Run
 
+_FEWEST = 20  # draws
+_FAR = 5.0  # residuals over delta: Huber's loss is no longer near squares
 SHARED_E = 'one E for all'
 IN_BITS = 'one law in bits'
 
@@ -46,6 +49,27 @@ class Options:
   seed: int = 0
   resample: Literal['runs', 'residuals'] = 'runs'
 
+  def __post_init__(self):
+    if not self.delta > 0:
+      raise ValueError(f'delta={self.delta} must be > 0; inf is least squares')
+    if self.draws < _FEWEST:
+      raise ValueError(
+        f'draws={self.draws} must be at least {_FEWEST}: of fewer no interval '
+        'can be told'
+      )
+    if self.seed < 0:
+      raise ValueError(f'seed={self.seed} must be >= 0')
+
+  @property
+  def warning(self) -> str:
+    """What is known to be wrong with them, if anything."""
+    if self.resample == 'residuals' and math.isfinite(self.delta):
+      return (
+        "resample=residuals with Huber's loss has intervals that are too "
+        'narrow: take runs, or delta=inf'
+      )
+    return ''
+
 
 @dataclasses.dataclass(frozen=True)
 class Analysis:
@@ -65,11 +89,14 @@ class Analysis:
     lack_of_fit: of each family; None without repeats.
     held_out: of each family by 'parameters' and by 'tokens'; or why not.
     left_out: of each family.
+    by_squares: alpha and beta by least squares of each family whose residuals
+      are far above delta.
+    crossings_by_squares: of ternary and float, where either is so.
     readings: of each family, at its largest run.
     frontiers: FLOPs (C,) and the best N of law and draws (1 + K, C).
-    largest_tokens: D at which families are compared.
+    common_tokens: D at which families are compared, as runs of every size have.
     compared: ternary and float, as 'parameters' and as 'bytes' grow.
-    plans: what was asked and the best model of each family.
+    plans: what was asked and the best model of each family, or why none.
   """
 
   options: Options
@@ -85,11 +112,13 @@ class Analysis:
   lack_of_fit: dict[str, LackOfFit | None]
   held_out: dict[str, dict[str, HeldOut | str]]
   left_out: dict[str, LeftOut]
+  by_squares: dict[str, dict[str, Interval]]
+  crossings_by_squares: dict[str, Crossing]
   readings: dict[str, Readings]
   frontiers: dict[str, tuple[Array, Array]]
-  largest_tokens: float
+  common_tokens: float
   compared: dict[str, Compared]
-  plans: list[tuple[str, Budget, list[Choice]]]
+  plans: list[tuple[str, Budget, list[Choice] | str]]
 
   @property
   def primary(self) -> dict[str, Fit]:
@@ -106,10 +135,14 @@ def analyse(
 ) -> Analysis:
   """Fits every law that the runs allow and asks what it says.
 
+  The order of the runs is nothing: they are sorted first.
+
   Raises:
     ValueError: no family's runs allow a law: why, by family.
   """
-  runs = list(runs)
+  runs = sorted(runs, key=_order)
+  if not runs:
+    raise ValueError('no law can be fitted: there are no runs')
   fits, constants, refused = {}, {}, {}
   for counted in ('without_embeddings', 'all'):
     points = Points.of_runs(runs, counted)
@@ -134,33 +167,55 @@ def analyse(
     )
   primary = {name: fits[options.counted][name] for name in families}
   shapes = Shapes.of_runs(runs, options.counted)
-  largest_tokens = float(max(points.tokens))
   pair = {n: families[n] for n in ('ternary', 'float') if n in families}
+  common_tokens = families_lib.common_tokens((pair or families).values())
+  noise = seed_noise(points)
+  squares = {
+    name: fit_lib.again(fit, fit.points, fit_lib.SQUARES)
+    for name, fit in primary.items()
+  }
+  far = [n for n, fit in primary.items() if fit.noise > _FAR * fit.delta]
   return Analysis(
     options,
     serving,
     runs,
     points,
-    seed_noise(points),
+    noise,
     shapes,
     fits,
     constants,
     refused,
     families,
-    {name: checks.lack_of_fit(fit) for name, fit in primary.items()},
+    {name: checks.lack_of_fit(fit, noise) for name, fit in primary.items()},
     {name: _held_out(fit) for name, fit in primary.items()},
     {name: checks.leave_one_out(fit) for name, fit in primary.items()},
-    {name: _readings(each) for name, each in families.items()},
+    {name: intervals.profile(squares[name], level=plan.LEVEL) for name in far},
+    {
+      what: each.crossing
+      for what, each in families_lib.compare(
+        {name: fitted(squares[name], np.empty((0, 5))) for name in pair},
+        shapes,
+        serving,
+        common_tokens,
+      ).items()
+    }
+    if len(pair) > 1 and set(pair) & set(far)
+    else {},
+    {name: _readings(each, shapes) for name, each in families.items()},
     {name: _frontier(each, shapes) for name, each in families.items()},
-    largest_tokens,
-    families_lib.compare(pair, shapes, serving, largest_tokens)
+    common_tokens,
+    families_lib.compare(pair, shapes, serving, common_tokens)
     if len(pair) > 1
     else {},
     [
-      (words, asked, plan.best(families, asked, shapes, serving))
+      (words, asked, _best(families, asked, shapes, serving))
       for words, asked in _budgets(points, families, shapes, serving, budget)
     ],
   )
+
+
+def _order(run: Run) -> tuple:
+  return run.family, run.parameters, run.tokens, run.seed, run.name
 
 
 def _fits(
@@ -197,19 +252,36 @@ def fitted(fit: Fit, theta_KP: Array) -> Fitted:
   (family,) = fit.families
   # One of N and D, as chinchilla fits.
   of: Any = functools.partial(fit_lib.law_of, fit, family=family)
-  N, D = fit.points.parameters, fit.points.tokens
   return Fitted(
     of(fit.theta),
     tuple(of(theta) for theta in theta_KP),
-    (float(N.min()), float(N.max())),
-    (float(D.min()), float(D.max())),
+    fit.points.parameters,
+    fit.points.tokens,
   )
 
 
 def _bootstrap(fit: Fit, options: Options) -> Array:
+  """Of a family, independent of the other families' draws."""
+  (family,) = fit.families
   return intervals.bootstrap(
-    fit, draws=options.draws, seed=options.seed, resample=options.resample
+    fit,
+    draws=options.draws,
+    seed=(options.seed, list(pictures.COLOURS).index(family)),
+    resample=options.resample,
   )
+
+
+def _best(
+  families: Mapping[str, Fitted],
+  budget: Budget,
+  shapes: Shapes,
+  serving: Serving,
+) -> list[Choice] | str:
+  """Or why there is none."""
+  try:
+    return plan.best(families, budget, shapes, serving)
+  except ValueError as error:
+    return str(error)
 
 
 def _held_out(fit: Fit) -> dict[str, HeldOut | str]:
@@ -222,19 +294,17 @@ def _held_out(fit: Fit) -> dict[str, HeldOut | str]:
   return held
 
 
-def _readings(family: Fitted) -> Readings:
+def _readings(family: Fitted, shapes: Shapes) -> Readings:
   law: Any = family.law
   draws: Any = family.draws
-  return readings.readings(law, draws, family.parameters[1], family.tokens[1])
+  return readings.readings(law, draws, *family.largest(shapes))
 
 
 def _frontier(family: Fitted, shapes: Shapes) -> tuple[Array, Array]:
   """From a hundredth of the smallest run's compute to a hundred largest."""
-  ends = [
-    shapes.flops_per_token(N) * D
-    for N, D in zip(family.parameters, family.tokens, strict=True)
-  ]
-  flops = np.geomspace(ends[0] / 100, ends[1] * 100, 41)
+  N, D = np.asarray(family.parameters), np.asarray(family.tokens)
+  of_run = shapes.flops_per_token(N) * D
+  flops = np.geomspace(np.min(of_run) / 100, np.max(of_run) * 100, 41)
   return flops, plan.frontier(family, shapes, flops)
 
 
@@ -247,9 +317,9 @@ def _budgets(
 ) -> list[tuple[str, Budget]]:
   """What a plan is made for, in words: more compute, equal bytes and energy."""
   of_run = shapes.flops_per_token(points.parameters) * points.tokens
-  largest, tokens = float(max(of_run)), float(max(points.tokens))
+  largest = float(max(of_run))
   family = next(iter(families))
-  N = families[family].parameters[1]
+  N, tokens = families[family].largest(shapes)
   words = f'the largest {family} run, on {pictures.short(tokens)} tokens'
   budgets = [
     ('the compute of the largest run', Budget(training_flops=largest)),

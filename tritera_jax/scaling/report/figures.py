@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Pictures of laws. Solid where a law was fitted, dashed beyond.
+"""Pictures of laws. Solid within the runs (Fitted.beyond), dashed beyond.
 
 Bands hold plan.LEVEL of the draws. Every function returns a Figure, made inside
 `pictures.style`.
@@ -26,6 +26,7 @@ _COUNTED = {
   'without_embeddings': 'parameters N without embeddings',
 }
 _DASHES = (0, (4, 2))
+_WITHIN = 1.02  # times beyond: less than the points of a curve lie apart
 _BEYOND = 4.0  # times the largest run that a picture of a law goes to
 
 
@@ -47,7 +48,7 @@ def loss_against(
   other = 'parameters' if axis == 'tokens' else 'tokens'
   for panel, (family, fitted) in zip(panels, families.items(), strict=True):
     own = points.of_families({family})
-    low, high = getattr(fitted, axis)
+    low, high = fitted.budgets if axis == 'tokens' else fitted.sizes
     x = np.geomspace(low / 1.3, high * _BEYOND, 120)
     values = np.unique(getattr(own, other))
     ends = []
@@ -55,7 +56,8 @@ def loss_against(
       colour = _shade(family, n, len(values))
       at = {axis: x, other: value}
       table = fitted.table(at['parameters'], at['tokens'])
-      _curve(panel, x, table, (low, high), color=colour)
+      beyond = fitted.beyond(at['parameters'], at['tokens'])
+      _curve(panel, x, table, beyond, color=colour)
       here = getattr(own, other) == value
       panel.plot(
         getattr(own, axis)[here], own.losses[here], pictures.MARKERS[family],
@@ -90,14 +92,21 @@ def compute_optimal(
   contours = []
   for panel, (family, fitted) in zip(panels, families.items(), strict=True):
     own, colour = points.of_families({family}), pictures.COLOURS[family]
-    (d0, d1), (n0, n1) = fitted.tokens, fitted.parameters
+    (d0, d1), (n0, n1) = fitted.budgets, fitted.sizes
     D = np.geomspace(d0 / 2, d1 * _BEYOND, 120)
     N = np.geomspace(n0 / 2, n1 * _BEYOND, 120)
     loss = np.asarray(fitted.law(N[:, None], D[None]))
     contours.append(
       panel.contour(D, N, loss, levels=8, colors='0.45', linewidths=0.7)
     )
-    panel.fill_between((d0, d1), n0, n1, color=colour, alpha=0.08, lw=0)
+    within = fitted.beyond(N[:, None], D[None]) < _WITHIN
+    panel.fill_between(
+      D,
+      np.min(np.where(within, N[:, None], np.inf), axis=0),
+      np.max(np.where(within, N[:, None], -np.inf), axis=0),
+      where=within.any(0),
+      color=colour, alpha=0.08, lw=0,
+    )  # fmt: skip
     flops, best = frontiers[family]
     low, high = plan.ends(best[1:])
     tokens = [flops / shapes.flops_per_token(each) for each in (low, high)]
@@ -107,7 +116,7 @@ def compute_optimal(
       color=colour, alpha=0.25, lw=0,
     )  # fmt: skip
     tokens = flops / shapes.flops_per_token(best[0])
-    inside = (best[0] <= n1) & (best[0] >= n0) & (tokens <= d1) & (tokens >= d0)
+    inside = fitted.beyond(best[0], tokens) < _WITHIN
     panel.plot(tokens, best[0], ls=_DASHES, lw=2, color=colour)
     panel.plot(
       np.where(inside, tokens, np.nan), best[0], '-', color=colour, lw=2
@@ -125,8 +134,9 @@ def compute_optimal(
   _legend(
     figure,
     runs=_line(marker='o', ls='', color='0.2', ms=3),
-    fitted_range=_patch(color='0.5', alpha=0.15),
+    within_the_runs=_patch(color='0.5', alpha=0.15),
     compute_optimal=_line(color='0.3', lw=2),
+    **_band(),
     beyond_the_runs=_line(color='0.3', ls=_DASHES),
   )
   # Labels leave gaps of their own size, which the layout decides.
@@ -142,7 +152,7 @@ def residuals(
   by_family: Mapping[str, Array],
   noise: float | None,
 ) -> 'matplotlib.figure.Figure':
-  """Loss less its law's in per cent, against N, D and loss.
+  """100 times log loss less its law's, against N, D and loss.
 
   Args:
     points: all runs.
@@ -179,7 +189,7 @@ def residuals(
     panel.set(xscale='log', xlabel=label)
     pictures.count_ticks(panel.xaxis)
   panels[2].set_xlabel('held-out loss (nats a token)')
-  panels[0].set_ylabel('loss above its law (%)')
+  panels[0].set_ylabel('100 x log(observed / law)')
   _legend(figure, **handles)
   return figure
 
@@ -208,14 +218,14 @@ def families_compared(
   for family, fitted in families.items():
     own = points.of_families({family})
     own = own.take(own.tokens == tokens)
-    low, high = fitted.parameters
+    low, high = fitted.sizes
     N = np.geomspace(low / 1.5, high * families_lib.FURTHEST, 200)
     table, colour = fitted.table(N, tokens), pictures.COLOURS[family]
+    beyond = fitted.beyond(N, tokens)
     for panel, cost in zip(
       panels, (_same, _bytes(serving, family, shapes)), strict=True
     ):
-      ends = (float(cost(low)), float(cost(high)))
-      _curve(panel, cost(N), table, ends, color=colour)
+      _curve(panel, cost(N), table, beyond, color=colour)
       panel.plot(
         cost(own.parameters), own.losses, pictures.MARKERS[family], color=colour
       )
@@ -228,6 +238,11 @@ def families_compared(
                     lw=0)  # fmt: skip
       panel.plot(crossed.at.estimate, crossed.loss, 'x', color='black', ms=7,
                  mew=1.5)  # fmt: skip
+    if crossed is not None:
+      panel.text(
+        0.03, 0.03, f'{crossed.share:.0%} of draws cross', color='0.3',
+        transform=panel.transAxes, fontsize=7,
+      )  # fmt: skip
     pictures.count_ticks(panel.xaxis)
   panels[0].set(
     xlabel=_COUNTED[points.counted], ylabel='held-out loss (nats a token)'
@@ -242,6 +257,7 @@ def families_compared(
       for family in families
     },
     beyond_the_runs=_line(color='0.3', ls=_DASHES),
+    **_band(),
     **(
       {'crossing': _line(marker='x', ls='', color='black', ms=7, mew=1.5)}
       if any(each.crossing.at for each in compared.values())
@@ -271,11 +287,9 @@ def _panels(count: int, given: Any = None, height: float = 3.0) -> Any:
   return figure, figure.subplots(1, count, sharey=True, squeeze=False)[0]
 
 
-def _curve(
-  panel: Any, x: Array, table: Array, fitted: tuple[float, float], **style
-):
-  """A law with its band, solid between the ends of what was fitted."""
-  inside = (x >= fitted[0] * 0.999) & (x <= fitted[1] * 1.001)
+def _curve(panel: Any, x: Array, table: Array, beyond: Array, **style):
+  """A law with its band, solid within the runs."""
+  inside = beyond < _WITHIN
   panel.plot(x, table[0], ls=_DASHES, lw=1, **style)
   panel.plot(x, np.where(inside, table[0], np.nan), **style)
   if len(table) > 1:
@@ -316,6 +330,10 @@ def _line(**style) -> Any:
   from matplotlib.lines import Line2D
 
   return Line2D([], [], **style)
+
+
+def _band() -> dict[str, Any]:
+  return {f'{plan.LEVEL:.0%} of draws': _patch(color='0.3', alpha=0.25)}
 
 
 def _patch(**style) -> Any:

@@ -6,13 +6,25 @@ import math
 
 from tritera_jax.pictures import short
 from tritera_jax.scaling.intervals import Interval
+from tritera_jax.scaling.plan import LEVEL
 
+_LAW = (
+  'Points are runs. Lines are the law, dashed beyond the runs; bands hold '
+  f'{LEVEL:.0%} of draws.'
+)
 _PICTURES = {
-  'tokens': 'Loss against tokens. Dashed: beyond the runs.',
-  'parameters': 'Loss against parameters.',
-  'compute': 'Loss by law, and the best size for each compute.',
-  'residuals': 'What the laws miss.',
-  'families': 'Families at equal parameters and at equal bytes served.',
+  'tokens': f'Loss against tokens D, a line for each N. {_LAW}',
+  'parameters': f'Loss against parameters N, a line for each D. {_LAW}',
+  'compute': (
+    'Contours of the loss by the law, and the best N and D for each compute, '
+    f'with the band that holds {LEVEL:.0%} of draws. Points are runs.'
+  ),
+  'residuals': 'Log losses of runs less those of their laws.',
+  'families': (
+    f'Families at equal parameters and at equal bytes served. {_LAW} The cross '
+    "is the best fit's last crossing; the grey range holds as much of the "
+    'draws that cross, whose share stands in each panel.'
+  ),
 }
 
 

@@ -111,17 +111,18 @@ def _figures(analysis: Analysis):
       None if analysis.noise is None else analysis.noise.relative,
     ),
   )
-  yield (
-    'families',
-    figures.families_compared(
-      points,
-      families,
-      analysis.shapes,
-      analysis.serving,
-      analysis.largest_tokens,
-      analysis.compared,
-    ),
-  )
+  if analysis.compared:
+    yield (
+      'families',
+      figures.families_compared(
+        points,
+        families,
+        analysis.shapes,
+        analysis.serving,
+        analysis.common_tokens,
+        analysis.compared,
+      ),
+    )
 
 
 def constants(analysis: Analysis, digest: str) -> dict[str, Any]:
@@ -165,6 +166,11 @@ def constants(analysis: Analysis, digest: str) -> dict[str, Any]:
       },
       'lack_of_fit': analysis.lack_of_fit,
       'held_out': held_out,
+      'by_least_squares': {
+        family: {name: each[name] for name in ('alpha', 'beta')}
+        for family, each in analysis.by_squares.items()
+      },
+      'crossings_by_least_squares': analysis.crossings_by_squares,
       'left_out_exponents': {
         family: {
           name: dict(
@@ -179,10 +185,15 @@ def constants(analysis: Analysis, digest: str) -> dict[str, Any]:
       },
       'readings_at_the_largest_run': analysis.readings,
       'ternary_against_float': {
-        'tokens': analysis.largest_tokens, **analysis.compared
+        'tokens': analysis.common_tokens, **analysis.compared
       },
       'plans': [
-        {'for': words, 'budget': budget, 'best_first': choices}
+        {'for': words, 'budget': budget}
+        | (
+          {'refused': choices}
+          if isinstance(choices, str)
+          else {'best_first': choices}
+        )
         for words, budget, choices in analysis.plans
       ],
     }
@@ -214,6 +225,6 @@ def _plain(value: Any) -> Any:
 def _digest(runs: Sequence[runs_lib.Run]) -> str:
   """Of the rows, whatever their order and files."""
   lines = sorted(
-    json.dumps(dataclasses.asdict(run), sort_keys=True) for run in runs
+    json.dumps(json.loads(runs_lib.line(run)), sort_keys=True) for run in runs
   )
   return hashlib.sha256('\n'.join(lines).encode()).hexdigest()

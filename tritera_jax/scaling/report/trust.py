@@ -5,6 +5,7 @@ import math
 
 import numpy as np
 
+from tritera_jax.pictures import short
 from tritera_jax.scaling.report import markdown
 from tritera_jax.scaling.report.analysis import Analysis
 
@@ -14,8 +15,8 @@ def doubts(analysis: Analysis, family: str) -> list[str]:
   fit, fitted = analysis.primary[family], analysis.families[family]
   found = []
   for name, (low, high), least in (
-    ('N', fitted.parameters, 10),
-    ('D', fitted.tokens, 4),
+    ('N', fitted.sizes, 10),
+    ('D', fitted.budgets, 4),
   ):
     if high < least * low:
       found.append(f'{name} spans only {high / low:.2g} x')
@@ -26,7 +27,7 @@ def doubts(analysis: Analysis, family: str) -> list[str]:
     found.append(f'its effects are only {times:.2g} times the noise of seeds')
   lack = analysis.lack_of_fit[family]
   if lack is not None and lack.p < 0.05:
-    found.append(f'it misses by more than seeds explain (p = {lack.p:.2g})')
+    found.append(f'it misses by more than seeds explain (p = {lack.p:.1g})')
   for axis, held in analysis.held_out[family].items():
     if isinstance(held, str):
       found.append(f'extrapolation by {axis} cannot be tested')
@@ -56,7 +57,10 @@ def section(analysis: Analysis) -> str:
         family,
         f'{fit.noise:.2%}',
         f'{np.max(np.abs(fit.residuals)):.2%}',
-        '-' if lack is None else f'{lack.ratio:.2g} (p = {lack.p:.2g})',
+        '-'
+        if lack is None
+        else f'{lack.ratio:.3g} (F of {lack.degrees[0]} and {lack.degrees[1]} '
+        f'degrees, p = {lack.p:.1g})',
         '-'
         if analysis.noise is None
         else f'{effect / analysis.noise.relative:.0f}',
@@ -68,12 +72,14 @@ def section(analysis: Analysis) -> str:
         'family',
         'residuals (sd)',
         'largest residual',
-        'variance about the law over that of seeds',
+        'variance about the law of least squares over that of seeds',
         'spread of log loss over the sd of seeds',
       ],
       rows,
     )
   )
+  if analysis.by_squares:
+    words.append(_by_squares(analysis))
   words.append(markdown.picture('residuals'))
   words.append(
     'Extrapolation: the law fitted without the largest N, or D, foretells '
@@ -96,7 +102,33 @@ def _noise(analysis: Analysis) -> str:
     )
   return (
     f'Seeds vary log losses by {analysis.noise.relative:.2%} (standard '
-    f'deviation, {analysis.noise.degrees} degrees of freedom).'
+    f'deviation, {analysis.noise.degrees} degrees of freedom over all '
+    'families).'
+  )
+
+
+def _by_squares(analysis: Analysis) -> str:
+  """What another loss than Huber's would say."""
+  delta = analysis.options.delta
+  far = ', '.join(
+    f'{family} {analysis.primary[family].noise / delta:.0f} times'
+    for family in analysis.by_squares
+  )
+  words = [
+    f'{family} has alpha {markdown.interval(constants["alpha"])} and beta '
+    f'{markdown.interval(constants["beta"])}'
+    for family, constants in analysis.by_squares.items()
+  ] + [
+    f'at equal {what} {crossed.after} is lower all along'
+    if crossed.at is None
+    else f'at equal {what} they cross at {short(crossed.at.estimate)}'
+    for what, crossed in analysis.crossings_by_squares.items()
+  ]
+  return (
+    f"Residuals (sd) are far above Huber's delta = {delta:g} ({far}): the fit "
+    'is close to one of least absolute differences. By least squares '
+    + '; '.join(words)
+    + '.'
   )
 
 
