@@ -91,8 +91,9 @@ def _export_hf(args: list[str]):
       run: run folder.
       out: folder to make.
       dtype: of its tensors; float32 alone is exact.
-      form: unpacked, ternary values as floats, or packed, 2 bits a weight, for
-        models with int8 activations and one scale a matrix.
+      form: unpacked, ternary values as floats; or, for models with int8
+        activations and one scale a matrix, packed, 2 bits a weight, or
+        latents, to be trained on.
       step: which checkpoint; default: the newest.
       licence: of the model, for its card, such as apache-2.0.
     """

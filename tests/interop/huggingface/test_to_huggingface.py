@@ -47,6 +47,7 @@ def tensors(folder) -> dict[str, np.ndarray]:
     ('trilm_3', {'dtype': 'float16'}),
     ('qwen3', {'dtype': 'bfloat16'}),
     ('bitnet', {'dtype': 'bfloat16', 'form': 'packed'}),
+    ('bitnet_online', {'dtype': 'bfloat16', 'form': 'latents'}),
   ],
 )
 def test_what_transformers_wrote_is_written_again(case, how, tmp_path):
@@ -136,6 +137,23 @@ def test_a_scale_without_latents_comes_back_as_the_nearest(
   assert made == report.fingerprint != exported.written
   same = verify.verify(tmp_path / 'out', tmp_path / 'again')
   assert (same.scales, same.fingerprint) == (dtype, exported.written)
+
+
+def test_latents_are_not_rounded(tiny_data, tmp_path):
+  fields = {'activation_bits': 8, 'scale_floor': True}
+  run = runs.make(tmp_path / 'run', tiny_data, runs.shape(**fields))
+  with pytest.raises(ValueError, match='latents that bfloat16 rounds'):
+    to_huggingface.export(
+      run, tmp_path / 'out', form='latents', dtype='bfloat16'
+    )
+  assert {path.name for path in tmp_path.iterdir()} == {'run'}
+  report = to_huggingface.export(run, tmp_path / 'out', form='latents')
+  assert report.fingerprint == report.written
+  importing.import_run(tmp_path / 'out', tmp_path / 'again')
+  there, here = (
+    restore.restore_params(tmp_path / name)[1] for name in ('run', 'again')
+  )
+  jax.tree.map(np.testing.assert_array_equal, there, here)
 
 
 def test_card_says_what_the_run_says(tiny_run, tmp_path):

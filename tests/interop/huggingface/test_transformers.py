@@ -75,6 +75,7 @@ MODELS = {
   'qk_norm': ({'qk_norm': True, 'head_dim': 24, 'scale_blocks': 2}, {}),
   'bitnet': (BITNET, {}),
   'bitnet_packed': (BITNET, {'form': 'packed'}),
+  'bitnet_latents': ({**BITNET, 'scale_floor': True}, {'form': 'latents'}),
   'bitnet_blocks': ({**BITNET, 'scale_blocks': 2}, {}),
   'int8_llama_packed': ({'activation_bits': 8}, {'form': 'packed'}),
   'swiglu_sub_norm': ({'sub_norm': True}, {}),

@@ -45,7 +45,7 @@ def text(
     architecture: class of transformers.
     licence: of the model.
     dtype: of the tensors.
-    form: of the matrices, 'unpacked' or 'packed'.
+    form: of the matrices, as of `architectures.config_json`.
     fingerprint: of the run's codes and scales, if it has ternary ones.
     written: of those in the exported folder.
     notes: what the reader has to know.

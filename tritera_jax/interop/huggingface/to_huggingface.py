@@ -39,13 +39,13 @@ from tritera_jax.interop.huggingface import (
   new_folder,
   safetensors_writer,
 )
+from tritera_jax.interop.huggingface.architectures import Form
 from tritera_jax.model.config import ModelConfig
 from tritera_jax.model.decoder import Params
 from tritera_jax.ternary import quantize
 from tritera_kernels import fingerprint
 
 Dtype = Literal['float32', 'float16', 'bfloat16']
-Form = Literal['unpacked', 'packed']
 
 _STORED: dict[Dtype, safetensors_writer.Dtype] = {
   'float32': 'F32', 'float16': 'F16', 'bfloat16': 'BF16',
@@ -107,8 +107,9 @@ def export(
     out: folder to make.
     dtype: of the tensors; float32 alone is exact.
     form: of the blocks' matrices: 'unpacked', scale * codes (of a FloatLM its
-      weights); 'packed', codes of 2 bits, of models with one scale a matrix
-      and int8 activations, which transformers rounds in this form.
+      weights); and of models with one scale a matrix and int8 activations,
+      which transformers rounds: 'packed', codes of 2 bits, or 'latents', which
+      it quantises in each forward pass, to be trained on.
     step: which checkpoint; default: the newest.
     licence: of the model, for its card, as the hub writes it: 'apache-2.0'.
     shard_bytes: most bytes of tensors in a file, unless it has only one.
@@ -118,7 +119,7 @@ def export(
     FileExistsError: `out` is there.
     ValueError: transformers computes no such model, or not in this form; the
       tokenizer is not the model's; weights that are not finite, or not in this
-      dtype.
+      dtype; latents that would be rounded.
   """
   run, out = Path(run), Path(out)
   experiment = save.read_experiment(run)
@@ -148,12 +149,12 @@ def export(
   with restore.committed(run, step) as (_, step):
     pass
   _, params = restore.restore_params(run, step)
-  model = _Model(config, params, dtype)
+  model = _Model(config, params, dtype, form)
   found = _survey(model)
   notes = _notes(config, dtype, found.rounding)
   with new_folder.whole(out) as folder:
     files = safetensors_writer.write(
-      folder, list(_tensors(model, form, found)), shard_bytes=shard_bytes
+      folder, list(_tensors(model, found)), shard_bytes=shard_bytes
     )
     _write_json(
       folder / 'config.json',
@@ -204,6 +205,7 @@ class _Model(NamedTuple):
   config: ModelConfig
   params: Params
   dtype: Dtype
+  form: Form
 
   @property
   def tied(self) -> bool:
@@ -222,12 +224,20 @@ class _Model(NamedTuple):
     return leaf if tensor.layer is None else leaf[tensor.layer]
 
   def rounded(self, scale_S: np.ndarray) -> Float32[np.ndarray, ' S']:
+    """As a reader finds them; of latents they are computed."""
+    if self.form == 'latents':
+      return scale_S
     return scale_S.astype(jnp.dtype(self.dtype)).astype(np.float32)
 
   def values(self, tensor: names.Tensor) -> np.ndarray:
-    """What the forward pass multiplies by or adds, in the dtype of the file."""
+    """Latents, or what a pass multiplies by or adds, in the file's dtype."""
     leaf = self.leaf(tensor)
-    if tensor.linear is not None and self.config.family != 'float':
+    latents = tensor.linear is not None and self.form == 'latents'
+    if (
+      tensor.linear is not None
+      and self.config.family != 'float'
+      and not latents
+    ):
       wide = np.asarray(_quantized(self.config, tensor.linear, leaf)[2])
     else:
       wide = np.asarray(leaf.T if tensor.transposed else leaf)
@@ -238,6 +248,11 @@ class _Model(NamedTuple):
       raise ValueError(
         f'{tensor.name} has a weight of {peak}, which {self.dtype} cannot hold'
         + ("; give dtype='bfloat16'" if np.isfinite(peak) else '')
+      )
+    if latents and not np.array_equal(array, wide):
+      raise ValueError(
+        f'{tensor.name} has latents that {self.dtype} rounds, and so some to '
+        "other codes; give dtype='float32'"
       )
     return array
 
@@ -299,7 +314,7 @@ def _survey(model: _Model) -> _Survey:
 
 
 def _tensors(
-  model: _Model, form: Form, found: _Survey
+  model: _Model, found: _Survey
 ) -> Iterator[safetensors_writer.Tensor]:
   """All that is written, in the order of the forward pass."""
   stored, tied = _STORED[model.dtype], model.tied
@@ -313,7 +328,7 @@ def _tensors(
   for tensor in model.tensors():
     if tied and tensor.name == 'head':
       continue
-    if tensor.linear is not None and form == 'packed':
+    if tensor.linear is not None and model.form == 'packed':
       N, K = tensor.shape
       yield safetensors_writer.Tensor(
         tensor.theirs, 'U8', (N // _CODES_A_BYTE, K),
@@ -325,7 +340,11 @@ def _tensors(
       tensor.theirs, stored, tensor.shape,
       functools.partial(model.values, tensor),
     )  # fmt: skip
-    if tensor.linear is not None and model.config.activation_bits is not None:
+    if (
+      tensor.linear is not None
+      and model.config.activation_bits is not None
+      and model.form != 'latents'
+    ):
       yield factor(tensor, np.ones(1, np.float32))
 
 
