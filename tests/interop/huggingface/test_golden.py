@@ -24,7 +24,7 @@ TERNARY = {'trilm_2', 'trilm_3', 'bitnet', 'bitlinear'}
 # the first two ReLU squared.
 INT8 = ('bitnet', 'bitnet_online', 'old_bitnet', 'bitlinear')
 RELATIVE = 1e-4
-LEVEL = 3e-2  # what a level of int8 may come to in logits
+LEVEL = 6e-2  # what levels of int8 may come to in logits
 
 
 def logits_of(
@@ -110,4 +110,4 @@ def test_logits_of_packed_models(case, tmp_path):
     # Keys and values in bfloat16 keep 8 bits, and turn roundings to int8; on a
     # CPU all layers are one call then.
     difference = np.abs(of('bfloat16') - wanted['logits']).max()
-    assert difference <= 0.06 * np.abs(wanted['logits']).max()
+    assert difference <= LEVEL * np.abs(wanted['logits']).max()
