@@ -166,7 +166,7 @@ def pack(args: list[str]):
       head: int8 also rounds head and embedding; default: if activations are.
     """
     how = {'format': format, 'activations': activations, 'head': head}
-    if not packing.is_checkpoint(path):
+    if not packing.is_checkpoint(path, out):
       print(pack.pack(path, step=step, out=out, **how))
       return
     if out is None or step is not None:

@@ -104,6 +104,9 @@ def test_a_folder_to_make_has_to_be_named(tmp_path, capsys):
   source = written(tmp_path / 'hf', 'trilm_2')
   assert cli.main(['pack', str(source)]) != 0
   assert '--out' in capsys.readouterr().err
+  missing = ['pack', 'owner/name', '--out', str(tmp_path / 'packed')]
+  assert cli.main(missing) != 0
+  assert 'of the hub it is called hf://owner/name' in capsys.readouterr().err
 
 
 def test_documents_end_as_config_json_says(tmp_path):

@@ -18,9 +18,14 @@ from tritera_jax.interop.huggingface import source as source_lib
 from tritera_kernels.matmul import Activations
 
 
-def is_checkpoint(path: str) -> bool:
-  """Whether `pack_checkpoint` is meant, and not a run folder."""
-  return path.startswith(hub.SCHEME) or (Path(path) / 'config.json').is_file()
+def is_checkpoint(path: str, out: Path | None) -> bool:
+  """Whether `pack_checkpoint` is meant, and not a run folder.
+
+  With `out` it is where no run is, too: there it is told what is wanted.
+  """
+  if path.startswith(hub.SCHEME) or (Path(path) / 'config.json').is_file():
+    return True
+  return out is not None and not (Path(path) / 'experiment.json').is_file()
 
 
 def pack_checkpoint(
