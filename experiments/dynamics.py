@@ -6,9 +6,8 @@ a far slower one, and that at the break the gradients of tokens begin to cancel
 each other. Here a TriLM beside its FloatLM twin: the same data in the same
 order, the same rate, constant after warm-up as there.
 
-  machine   mini: 2 CPU cores; beside a dozen other processes TriLM's 4096
-            steps took 37 minutes, in quiet a few (an estimate). trilm and
-            floatlm, of the paper's 14M shape on 137B tokens: not run
+  machine   mini: 2 CPU cores, six minutes each. trilm and floatlm, of the
+            paper's 14M shape on 137B tokens: not run
   expected  both decelerate; one seed each (AMD EPYC Zen 4, 2026-11-22):
               steps           t_d       L_d          r_d     c0 before it
               TriLM   4096  701+-37  3.972+-.028  .084+-.003  .158+-.003
@@ -16,6 +15,8 @@ order, the same rate, constant after warm-up as there.
               FloatLM 4096  835+-43  4.015+-.027  .097+-.002  .150+-.002
                       2059  846+-48  4.007+-.031  .095+-.006  .150+-.002
             RSLE .008, .008, .009, .009; without a break .021, .015, .017, .013.
+            Again from a clean clone on an Intel Xeon, 2026-11-30: t_d 677+-40
+            and 836+-42, L_d 3.985 and 4.014, r_d .084 and .096.
             D of held-out losses over a doubling of the steps rises ahead of
             the break: TriLM's from .36 at step 64 to .80 at 512, FloatLM's
             from .43 to .74, while M stays at 1 nat. D of 256 tokens' gradients
