@@ -101,7 +101,7 @@ def pack_model(
   return pack_parts(
     config,
     matrices(config, params),
-    _rest(config, params),
+    rest(config, params),
     format=format,
     activations=activations,
     head=head,
@@ -154,22 +154,22 @@ def pack_parts(
   )
 
 
-def _rest(
+def rest(
   config: ModelConfig, params: Params
 ) -> dict[str, Float32[Array, '...']]:
   """Every parameter that is not a linear layer's, by its name in the file."""
-  rest = {
+  found = {
     'embed': params['embed']['embedding'],
     'norm': params['norm']['scale'],
     'head': params['head']['kernel'],
   }
-  for name in packed_file.block_norms(config):
-    stacked = functools.reduce(
-      operator.getitem, name.split('.'), params['layers']
-    )
-    for layer in range(config.layers):
-      rest[f'layers.{layer}.{name}'] = stacked['scale'][layer]
-  return rest
+  for layer in range(config.layers):
+    for name in packed_file.block_norms(config):
+      stacked = functools.reduce(
+        operator.getitem, name.split('.'), params['layers']
+      )
+      found[f'layers.{layer}.{name}'] = stacked['scale'][layer]
+  return found
 
 
 @dataclasses.dataclass(frozen=True)

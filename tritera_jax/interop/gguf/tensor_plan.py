@@ -57,20 +57,9 @@ def plan_tensors(
 ) -> list[Planned]:
   """Every tensor of the file; refuses those that cannot be written."""
   _check_types(config, types, embedding, head)
-  rest = {
-    'embed': params['embed']['embedding'],
-    'norm': params['norm']['scale'],
-  }
-  layers = params['layers']
-  for layer in range(config.layers):
-    for norm in ('attention_norm', 'mlp_norm'):
-      rest[f'layers.{layer}.{norm}'] = layers[norm]['scale'][layer]
-    if config.qk_norm:
-      for norm in ('q_norm', 'k_norm'):
-        leaf = layers['attention'][norm]['scale'][layer]
-        rest[f'layers.{layer}.attention.{norm}'] = leaf
+  rest = pack.rest(config, params)
+  output = rest.pop('head').T
   # Without a head, llama.cpp multiplies by the embedding.
-  output = params['head']['kernel'].T
   if embedding != head or not np.array_equal(output, rest['embed']):
     rest['head'] = output
   kinds = {'embed': embedding, 'head': head}

@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """A Hugging Face checkpoint straight to a packed folder, to be run.
 
-There are no latents between: scales are the source's, reciprocals too, and no
-more than a matrix and the packed model lie in memory.
+There are no latents between: scales are the source's, reciprocals too, and
+beside the packed model no more than a matrix, embedding and head lie in memory.
 """
 
 import dataclasses
